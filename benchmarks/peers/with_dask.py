@@ -113,7 +113,7 @@ if __name__ == "__main__":
             smaller={"async_chain": 20},
             notes=[
                 "the I/O map holds 1,000 threads; async functions run in a `distributed` worker here",
-                "a bag takes a part of the items through all functions at a time, and keeps only the last result",
+                "a bag takes a part of the items through all functions at a time and keeps the last result",
             ],
         )
     )
