@@ -1,0 +1,268 @@
+"""From events to a user's hooks: ``PipelineCallback`` and the context it is called with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from hypernodes import events as ev
+from hypernodes._mapping import Path
+from hypernodes._plan import INHERIT, ExecutionPlan, PlanStep
+
+logger = logging.getLogger("hypernodes")
+
+
+class CallbackContext:
+    """Where in the run a hook is called, and values that the callbacks of one run share.
+
+    Each pipeline of a run, and each item of a map, has its own context, so what it says of depth and
+    parents is right also when branches run at the same time. ``set`` and ``get`` reach one store per run.
+    """
+
+    __slots__ = ("_plans", "_values", "hierarchy_path", "run_id")
+
+    def __init__(
+        self, run_id: str, hierarchy_path: tuple[str, ...], values: dict[str, Any], plans: dict[str, ExecutionPlan]
+    ) -> None:
+        self.run_id = run_id
+        """The same for every event of one run."""
+        self.hierarchy_path = list(hierarchy_path)
+        """The ids of the pipelines around this place, outermost first."""
+        self._values = values
+        self._plans = plans
+
+    def set(self, key: str, value: Any) -> None:
+        """Keep a value for the other callbacks and hooks of this run."""
+        self._values[key] = value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value that a callback of this run has set."""
+        return self._values.get(key, default)
+
+    @property
+    def depth(self) -> int:
+        """How many pipelines enclose the current one: 0 in the outermost."""
+        return len(self.hierarchy_path) - 1
+
+    @property
+    def current_pipeline_id(self) -> str:
+        """The id of the pipeline (or map item) that this hook is about, such as ``"p / encode_all[17]"``."""
+        return self.hierarchy_path[-1]
+
+    @property
+    def parent_pipeline_id(self) -> str | None:
+        """The id of the pipeline around the current one; None for the outermost."""
+        return self.hierarchy_path[-2] if len(self.hierarchy_path) > 1 else None
+
+    def get_pipeline_metadata(self, pipeline_id: str) -> dict[str, Any]:
+        """Return ``total_nodes``, ``node_ids`` and ``pipeline_name``; empty for an id this run has not seen."""
+        plan = self._plans.get(pipeline_id)
+        if plan is None:
+            return {}
+        node_ids = [step.name for step in plan.steps]
+        return {"total_nodes": len(node_ids), "node_ids": node_ids, "pipeline_name": plan.name}
+
+    def __repr__(self) -> str:
+        return f"<CallbackContext {self.current_pipeline_id!r} depth={self.depth}>"
+
+
+class PipelineCallback:
+    """Hooks into a run: override those you need.
+
+    They are plain functions, called on the event loop's thread and never concurrently, so keep them short.
+    A callback that raises is switched off for the rest of the run and logged; it never fails the run.
+    Durations are in seconds. ``node_id`` is the function's name, or a nested pipeline's step name.
+    """
+
+    def on_pipeline_start(self, pipeline_id: str, inputs: Any, ctx: CallbackContext) -> None:
+        """The outermost pipeline, or a map of it, begins."""
+
+    def on_pipeline_end(self, pipeline_id: str, outputs: Any, duration: float, ctx: CallbackContext) -> None:
+        """The outermost pipeline, or a map of it, has made its outputs."""
+
+    def on_node_start(self, node_id: str, inputs: Any, ctx: CallbackContext) -> None:
+        """A node is handed its inputs, a mapping by name."""
+
+    def on_node_end(self, node_id: str, outputs: Any, duration: float, ctx: CallbackContext) -> None:
+        """A node has made its outputs, a mapping by name."""
+
+    def on_node_chunk(self, node_id: str, chunk: Any, ctx: CallbackContext) -> None:
+        """A generator node has yielded a piece."""
+
+    def on_error(self, node_id: str, error: BaseException, ctx: CallbackContext) -> None:
+        """A node has failed; called once for each failure, with the innermost node."""
+
+    def on_nested_pipeline_start(self, parent_id: str, child_pipeline_id: str, ctx: CallbackContext) -> None:
+        """A nested pipeline begins."""
+
+    def on_nested_pipeline_end(
+        self, parent_id: str, child_pipeline_id: str, duration: float, ctx: CallbackContext
+    ) -> None:
+        """A nested pipeline has made its outputs."""
+
+    def on_map_start(self, total_items: int | None, ctx: CallbackContext) -> None:
+        """A map begins; ``total_items`` is None for a stream of unknown length."""
+
+    def on_map_item_start(self, item_index: int, ctx: CallbackContext) -> None:
+        """An item begins; ``ctx`` is the item's own."""
+
+    def on_map_item_end(self, item_index: int, duration: float, ctx: CallbackContext) -> None:
+        """An item has made its outputs."""
+
+    def on_map_end(self, total_duration: float, ctx: CallbackContext) -> None:
+        """Every item is done."""
+
+
+Hook = Callable[..., None]
+
+_HOOKS_OF: dict[type, tuple[str, ...]] = {
+    ev.PipelineStarted: ("on_pipeline_start", "on_nested_pipeline_start"),
+    ev.PipelineFinished: ("on_pipeline_end", "on_nested_pipeline_end"),
+    ev.NodeStarted: ("on_node_start",),
+    ev.NodeFinished: ("on_node_end",),
+    ev.NodeFailed: ("on_error",),
+    ev.NodeChunk: ("on_node_chunk",),
+    ev.MapStarted: ("on_map_start",),
+    ev.MapFinished: ("on_map_end",),
+    ev.ItemStarted: ("on_map_item_start",),
+    ev.ItemFinished: ("on_map_item_end",),
+}
+_HOOK_NAMES = tuple(name for names in _HOOKS_OF.values() for name in names)
+_IN_A_NODE = frozenset({ev.NodeStarted, ev.NodeFinished, ev.NodeFailed, ev.NodeChunk})
+_AT_THE_END = frozenset({ev.ItemFinished, ev.ItemFailed, ev.PipelineFinished, ev.PipelineFailed})
+
+
+def _call_of(event: Any, ctx: CallbackContext) -> tuple[str, tuple[Any, ...]] | None:
+    """Return the hook that an event stands for, and its arguments."""
+    match event:
+        case ev.NodeStarted():
+            return "on_node_start", (event.path[-1], event.inputs, ctx)
+        case ev.NodeFinished():
+            return "on_node_end", (event.path[-1], event.outputs, event.duration, ctx)
+        case ev.ItemStarted():
+            return "on_map_item_start", (event.index, ctx)
+        case ev.ItemFinished():
+            return "on_map_item_end", (event.index, event.duration, ctx)
+        case ev.NodeChunk():
+            return "on_node_chunk", (event.path[-1], event.chunk, ctx)
+        case ev.NodeFailed():
+            return ("on_error", (event.path[-1], event.error, ctx)) if event.origin else None
+        case ev.MapStarted():
+            return "on_map_start", (event.total_items, ctx)
+        case ev.MapFinished():
+            return "on_map_end", (event.duration, ctx)
+        case ev.PipelineStarted() if ctx.depth:
+            return "on_nested_pipeline_start", (ctx.parent_pipeline_id, ctx.current_pipeline_id, ctx)
+        case ev.PipelineStarted():
+            return "on_pipeline_start", (ctx.current_pipeline_id, event.inputs, ctx)
+        case ev.PipelineFinished() if ctx.depth:
+            ids = (ctx.parent_pipeline_id, ctx.current_pipeline_id)
+            return "on_nested_pipeline_end", (*ids, event.duration, ctx)
+        case ev.PipelineFinished():
+            return "on_pipeline_end", (ctx.current_pipeline_id, event.outputs, event.duration, ctx)
+    return None
+
+
+class CallbackDispatcher:
+    """Calls the hooks of the callbacks that a place in the run inherits; an :class:`~hypernodes.events.Emit`.
+
+    Everything it needs besides the event comes from the plan, so events replayed from another process
+    reach the same hooks with the same context.
+    """
+
+    def __init__(self, run_id: str, plan: ExecutionPlan, callbacks: Sequence[PipelineCallback]) -> None:
+        self._run_id = run_id
+        self._broken: set[int] = set()
+        self._values: dict[str, Any] = {}
+        self._plans: dict[str, ExecutionPlan] = {}
+        self._levels = {(): _Level(plan, callbacks)}
+        self._branches: dict[Path, tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]] = {}
+        everyone = [*callbacks, *_callbacks_below(plan)]
+        self.kinds = frozenset(
+            kind for kind, names in _HOOKS_OF.items() if any(_hook(each, name) for each in everyone for name in names)
+        )
+
+    def __call__(self, event: ev.Event, /) -> None:
+        kind = type(event)
+        place = event.path[:-1] if kind in _IN_A_NODE else event.path
+        ctx, hooks = self._branches.get(place) or self._branch(place)
+        if hooks:
+            call = _call_of(event, ctx)
+            if call is not None and call[0] in hooks:
+                self._call(hooks[call[0]], call[1])
+        if kind in _AT_THE_END and any(type(part) is int for part in place):
+            # An item's contexts are needed no longer, and a stream may have no end.
+            del self._branches[place]
+            self._plans.pop(ctx.current_pipeline_id, None)
+
+    def _call(self, hooks: list[tuple[Hook, object]], arguments: tuple[Any, ...]) -> None:
+        for hook, callback in hooks:
+            if self._broken and id(callback) in self._broken:
+                continue
+            try:
+                hook(*arguments)
+            except Exception:
+                self._broken.add(id(callback))
+                logger.exception(
+                    "callback %s raised in %s and is switched off for the rest of this run",
+                    type(callback).__name__,
+                    getattr(hook, "__name__", "a hook"),
+                )
+
+    def _branch(self, place: Path) -> tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]:
+        """Make the context of a place from that of the place around it."""
+        last = place[-1]
+        if len(place) == 1:
+            around: tuple[str, ...] = ()
+            name = str(last)
+        else:
+            parent, _ = self._branches.get(place[:-1]) or self._branch(place[:-1])
+            around = tuple(parent.hierarchy_path)
+            name = f"{around[-1]}[{last}]" if type(last) is int else f"{around[-1]} / {last}"
+        level = self._level(tuple(part for part in place[1:] if type(part) is not int))
+        self._plans[name] = level.plan
+        ctx = CallbackContext(self._run_id, (*around, name), self._values, self._plans)
+        branch = self._branches[place] = ctx, level.hooks
+        return branch
+
+    def _level(self, names: Path) -> _Level:
+        """Return the plan at these names, with the callbacks that it has or inherits."""
+        level = self._levels.get(names)
+        if level is None:
+            around = self._level(names[:-1])
+            plan = around.plan.child(names[-1:]) or around.plan
+            said = plan.settings.callbacks
+            level = self._levels[names] = _Level(plan, around.callbacks if said is INHERIT else said)
+        return level
+
+
+class _Level:
+    """One pipeline of a plan with the hooks that are called in it."""
+
+    __slots__ = ("callbacks", "hooks", "plan")
+
+    def __init__(self, plan: ExecutionPlan, callbacks: Sequence[PipelineCallback]) -> None:
+        self.plan = plan
+        self.callbacks = callbacks
+        self.hooks: dict[str, list[tuple[Hook, object]]] = {}
+        for callback in callbacks:
+            for name in _HOOK_NAMES:
+                hook = _hook(callback, name)
+                if hook is not None:
+                    self.hooks.setdefault(name, []).append((hook, callback))
+
+
+def _hook(callback: object, name: str) -> Hook | None:
+    """Return a hook that the callback overrides."""
+    hook = getattr(callback, name, None)
+    same = getattr(hook, "__func__", None) is getattr(PipelineCallback, name)
+    return None if hook is None or same else hook
+
+
+def _callbacks_below(plan: ExecutionPlan) -> Iterable[PipelineCallback]:
+    for step in plan.steps:
+        if isinstance(step, PlanStep):
+            said = step.plan.settings.callbacks
+            yield from () if said is INHERIT else said
+            yield from _callbacks_below(step.plan)

@@ -1,0 +1,192 @@
+"""Calling one node's function: limits, timeout and retries around the place where it runs."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+
+from hypernodes import events as ev
+from hypernodes._cost import CHEAP_S
+from hypernodes._mapping import Path
+from hypernodes._program import BoundCall
+from hypernodes._run import Scope, held
+from hypernodes.errors import NodeTimeoutError, OutputMismatchError
+
+logger = logging.getLogger("hypernodes")
+
+_UNSET: Any = object()
+
+
+async def call_node(scope: Scope, step: BoundCall, values: list[Any], index: int | None) -> Any:
+    """Call a step's function with its arguments from ``values``, as its node's options say."""
+    policy = step.node.retry
+    if policy is None:
+        return await _attempt(scope, step, values, index)
+
+    def tell(state: Any) -> None:
+        if scope.wants(ev.NodeRetried):
+            path = (*scope.at(index), step.name)
+            error, wait = state.outcome.exception(), state.next_action.sleep
+            scope.run.emit(ev.NodeRetried(scope.run.run_id, path, time.time(), state.attempt_number, error, wait))  # type: ignore[misc]
+
+    async for attempt in policy.retrying(tell):
+        with attempt:
+            return await _attempt(scope, step, values, index)
+    raise AssertionError("tenacity ends with a result or an error")
+
+
+async def _attempt(scope: Scope, step: BoundCall, values: list[Any], index: int | None) -> Any:
+    node = step.node
+    if node.limit is None and node.max_concurrency is None:
+        return await _in_time(scope, step, values, index)
+    bounds = []
+    if node.max_concurrency is not None:
+        bounds.append(scope.run.node_bound(node, node.max_concurrency))
+    if node.limit is not None:
+        bounds.append(scope.limits[node.limit])
+    async with held(bounds):
+        return await _in_time(scope, step, values, index)
+
+
+async def _in_time(scope: Scope, step: BoundCall, values: list[Any], index: int | None) -> Any:
+    seconds = step.node.timeout
+    if seconds is None:
+        return await _placed(scope, step, values, index)
+    result = _UNSET
+    with anyio.move_on_after(seconds) as deadline:
+        result = await _placed(scope, step, values, index)
+    if result is _UNSET and deadline.cancelled_caught:
+        raise NodeTimeoutError(f"node {step.name!r} did not finish within {seconds:g} s")
+    return result
+
+
+async def _placed(scope: Scope, step: BoundCall, values: list[Any], index: int | None) -> Any:
+    arguments = step.arguments(values)
+    keywords = step.keyword_arguments(values)
+    match step.node.kind:
+        case "async":
+            return await step.func(*arguments, **keywords)
+        case "async_generator":
+            return await _collect_async(scope, step, step.func(*arguments, **keywords), index)
+    if step.place == "process":
+        path = (*scope.at(index), step.name)
+        pieces = await scope.run.workers(scope.engine.max_workers).call(step, arguments, keywords, path)
+        if step.node.kind == "generator":
+            for piece in pieces:
+                _tell_chunk(scope, step, index, piece)
+        return pieces
+    if step.node.kind == "generator":
+        return await _collect(scope, step, arguments, keywords, index)
+    if step.cost.inline:
+        return await _inline(step, arguments, keywords)
+    result, seconds = await _in_thread(scope, step, lambda: step.func(*arguments, **keywords))
+    if inspect.isawaitable(result):
+        # A sync function that hands out a coroutine, such as a decorated async one: finish it here.
+        return await result
+    step.cost.measured(seconds)
+    return result
+
+
+async def _inline(step: BoundCall, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    began = time.perf_counter()
+    result = step.func(*arguments, **keywords)
+    seconds = time.perf_counter() - began
+    if seconds > CHEAP_S:
+        step.cost.doubted(seconds)
+    return await result if inspect.isawaitable(result) else result
+
+
+async def _in_thread(scope: Scope, step: BoundCall, call: Callable[[], Any]) -> tuple[Any, float]:
+    """Call in a worker thread; return the result and the seconds it took there."""
+
+    def measured() -> tuple[Any, float]:
+        began = time.perf_counter()
+        result = call()
+        return result, time.perf_counter() - began
+
+    abandon = step.node.timeout is not None
+    limiter = scope.run.threads(scope.engine.max_workers)
+    try:
+        return await anyio.to_thread.run_sync(measured, abandon_on_cancel=abandon, limiter=limiter)
+    except anyio.get_cancelled_exc_class():
+        if abandon:
+            logger.warning(
+                "node %r was given up, but Python cannot stop its thread: it runs on until it returns; "
+                "run_in='process' can be stopped",
+                step.name,
+            )
+        raise
+
+
+async def _collect(
+    scope: Scope, step: BoundCall, arguments: tuple[Any, ...], keywords: dict[str, Any], index: int | None
+) -> list[Any]:
+    """Read a generator into a list; between pieces it can be cancelled, also in a thread."""
+    pieces: list[Any] = []
+    wanted = scope.wants(ev.NodeChunk)
+    if step.cost.inline:
+        began = time.perf_counter()
+        for piece in step.func(*arguments, **keywords):
+            pieces.append(piece)
+            if wanted:
+                _tell_chunk(scope, step, index, piece)
+            if time.perf_counter() > scope.run.yield_at:
+                await scope.run.breathe()
+        if time.perf_counter() - began > CHEAP_S:
+            step.cost.doubted(time.perf_counter() - began)
+        return pieces
+
+    def read() -> None:
+        for piece in step.func(*arguments, **keywords):
+            anyio.from_thread.check_cancelled()
+            pieces.append(piece)
+            if wanted:
+                anyio.from_thread.run_sync(_tell_chunk, scope, step, index, piece)
+
+    _, seconds = await _in_thread(scope, step, read)
+    step.cost.measured(seconds)
+    return pieces
+
+
+async def _collect_async(scope: Scope, step: BoundCall, source: Any, index: int | None) -> list[Any]:
+    pieces: list[Any] = []
+    wanted = scope.wants(ev.NodeChunk)
+    try:
+        async for piece in source:
+            pieces.append(piece)
+            if wanted:
+                _tell_chunk(scope, step, index, piece)
+            if time.perf_counter() > scope.run.yield_at:
+                await scope.run.breathe()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await source.aclose()
+    return pieces
+
+
+def _tell_chunk(scope: Scope, step: BoundCall, index: int | None, piece: Any) -> None:
+    if scope.wants(ev.NodeChunk):
+        path: Path = (*scope.at(index), step.name)
+        scope.run.emit(ev.NodeChunk(scope.run.run_id, path, time.time(), piece))  # type: ignore[misc]
+
+
+def unpack(step: BoundCall, values: list[Any], result: Any) -> None:
+    """Store the parts of a result under the names that the node declares for them."""
+    if not isinstance(result, tuple) or len(result) != len(step.targets):
+        got = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        names = ", ".join(step.node.outputs)
+        raise OutputMismatchError(
+            f"node {step.name!r} declares {len(step.targets)} outputs ({names}) and returned {got}; "
+            f"return a tuple of that many, or name one output"
+        )
+    for target, part in zip(step.targets, result, strict=True):
+        values[target] = part
+
+

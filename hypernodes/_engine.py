@@ -1,0 +1,364 @@
+"""Running a plan: the steps of one run, one after another or side by side.
+
+A step that does not wait costs no task. Where several could wait at once, workers take steps from one
+frontier, and a worker starts the next one only when it is about to wait and none is waiting to begin.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import anyio
+
+from hypernodes import events as ev
+from hypernodes._calls import call_node, unpack
+from hypernodes._cost import CHEAP_S
+from hypernodes._crew import Crew
+from hypernodes._feed import Feed, ListFeed
+from hypernodes._frontier import Frontier
+from hypernodes._map_run import Columns, MapRun
+from hypernodes._mapping import MapSpec, listed_rows
+from hypernodes._node import checked_count
+from hypernodes._plan import INHERIT
+from hypernodes._program import BoundCall, BoundPlan, BoundStep, Places, Program, bind
+from hypernodes._run import DEFAULT_THREADS, Job, Mode, Run, Scope, Sink
+from hypernodes.errors import DefinitionError, NodeTimeoutError
+
+_MODES = ("sequential", "async", "threaded", "parallel")
+DEFAULT_ITEMS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineExecutionEngine:
+    """How a plan is run, the same wherever it is placed. Frozen and picklable.
+
+    Args:
+        node_execution: the nodes of one run: ``"sequential"`` one at a time in topological order,
+            ``"async"`` every ready node at once, ``"threaded"`` sync nodes in threads, ``"parallel"`` sync
+            nodes in worker processes. Async nodes are always on the event loop.
+        map_execution: the items of one map: ``"sequential"`` one at a time in order, ``"async"`` up to
+            ``max_concurrency`` at once, ``"threaded"`` up to ``max_workers`` at once with their sync nodes
+            in threads, ``"parallel"`` chunks of items in ``max_workers`` worker processes, each running
+            this engine.
+        max_workers: threads or processes; None for 64 threads per event loop, or a process per CPU.
+        max_concurrency: items of one map at once; None for 100.
+
+    >>> PipelineExecutionEngine(map_execution="parallel", max_workers=2).max_workers
+    2
+    """
+
+    node_execution: Mode = "async"
+    map_execution: Mode = "async"
+    max_workers: int | None = None
+    max_concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("node_execution", "map_execution"):
+            value = getattr(self, option)
+            if value not in _MODES:
+                raise DefinitionError(f"{option} must be one of {', '.join(map(repr, _MODES))}, not {value!r}")
+        for option in ("max_workers", "max_concurrency"):
+            checked_count(getattr(self, option), option, type(self).__name__)
+
+    @property
+    def places(self) -> Places:
+        """Where ``run_in="auto"`` nodes run under this engine."""
+        match self.node_execution, self.map_execution:
+            case "parallel", _:
+                return Places("process", "process")
+            case "threaded", _:
+                return Places("thread", "thread")
+            case _, "threaded":
+                return Places("measure", "thread")
+        return Places()
+
+    def items_at_once(self, spec: MapSpec) -> int:
+        """Return how many items of a map may run at once on this loop."""
+        match self.map_execution:
+            case "sequential":
+                return 1
+            case "threaded":
+                most = self.max_workers or DEFAULT_THREADS
+                return min(most, spec.max_concurrency or self.max_concurrency or most)
+        return spec.max_concurrency or self.max_concurrency or DEFAULT_ITEMS
+
+    async def arun(self, job: Job, run: Run, backend: object) -> dict[str, Any]:
+        """Run a job's plan once and return its outputs by name."""
+        program = bind(job.plan, frozenset(job.inputs), job.wanted, self.places)
+        values = program.template.copy()
+        for name, slot in program.slots.items():
+            values[slot] = job.inputs[name]
+        scope = Scope(run, job.plan, job.path, self, backend, job.limits or {})
+        await run.breathe()
+        await _run_pipeline(scope, program, values, job.inputs)
+        return program.outputs_of(values)
+
+    async def amap(self, job: Job, run: Run, backend: object, sink: Sink) -> None:
+        """Run a job's plan for each row; results go to the sink as items finish."""
+        assert job.map is not None and job.feed is not None
+        given = frozenset(job.inputs) | set(job.map.over)
+        program = bind(job.plan, given, job.wanted, self.places.of_items())
+        template = program.template.copy()
+        for name, value in job.inputs.items():
+            template[program.slots[name]] = value
+        scope = Scope(run, job.plan, job.path, self, backend, job.limits or {})
+        await run.breathe()
+        await _run_map(scope, program, template, job.map, job.feed, job.total, sink, job.inputs)
+
+
+async def _run_pipeline(scope: Scope, program: Program, values: list[Any], inputs: Mapping[str, Any]) -> None:
+    emit = scope.emit
+    if emit is None:
+        await _in_time(scope, program, values, None, None)
+        return
+    run, path = scope.run, scope.path
+    if ev.PipelineStarted in emit.kinds:
+        emit(ev.PipelineStarted(run.run_id, path, time.time(), inputs))
+    began = perf_counter()
+    try:
+        await _in_time(scope, program, values, None, None)
+    except BaseException as error:
+        if ev.PipelineFailed in emit.kinds:
+            emit(ev.PipelineFailed(run.run_id, path, time.time(), error))
+        raise
+    if ev.PipelineFinished in emit.kinds:
+        outputs = program.outputs_of(values)
+        emit(ev.PipelineFinished(run.run_id, path, time.time(), outputs, perf_counter() - began))
+
+
+async def _run_map(
+    scope: Scope,
+    program: Program,
+    template: list[Any],
+    spec: MapSpec,
+    feed: Feed,
+    total: int | None,
+    sink: Sink,
+    inputs: Mapping[str, Any],
+) -> None:
+    run, path, engine = scope.run, scope.path, scope.engine
+    emit = scope.emit or ev.UNHEARD
+    if ev.PipelineStarted in emit.kinds:
+        emit(ev.PipelineStarted(run.run_id, path, time.time(), inputs))
+    if ev.MapStarted in emit.kinds:
+        emit(ev.MapStarted(run.run_id, path, time.time(), total))
+    began = perf_counter()
+    try:
+        if engine.map_execution == "parallel":
+            await run.workers(engine.max_workers).map(scope, program, template, spec, feed, sink)
+        else:
+            plain = scope.emit is None and scope.timeout is None
+            run_item = run_steps if plain else _run_item
+            await MapRun(scope, program, template, spec, feed, sink, run_item).run()
+    except BaseException as error:
+        if ev.PipelineFailed in emit.kinds:
+            emit(ev.PipelineFailed(run.run_id, path, time.time(), error))
+        raise
+    duration = perf_counter() - began
+    if ev.MapFinished in emit.kinds:
+        emit(ev.MapFinished(run.run_id, path, time.time(), duration))
+    if ev.PipelineFinished in emit.kinds:
+        emit(ev.PipelineFinished(run.run_id, path, time.time(), sink.collected(), duration))
+
+
+async def _run_item(
+    scope: Scope, program: Program, values: list[Any], index: int, window: MapRun | None
+) -> None:
+    """Run one item of a map with its events, within the pipeline's timeout."""
+    run = scope.run
+    emit = scope.emit or ev.UNHEARD
+    if ev.ItemStarted in emit.kinds:
+        emit(ev.ItemStarted(run.run_id, (*scope.path, index), time.time(), index))
+    began = perf_counter()
+    try:
+        await _in_time(scope, program, values, index, window)
+    except Exception as error:
+        if ev.ItemFailed in emit.kinds:
+            emit(ev.ItemFailed(run.run_id, (*scope.path, index), time.time(), index, error))
+        raise
+    if ev.ItemFinished in emit.kinds:
+        emit(ev.ItemFinished(run.run_id, (*scope.path, index), time.time(), index, perf_counter() - began))
+
+
+async def _in_time(
+    scope: Scope, program: Program, values: list[Any], index: int | None, window: MapRun | None
+) -> None:
+    seconds = scope.timeout
+    if seconds is None:
+        await run_steps(scope, program, values, index, window)
+        return
+    with anyio.move_on_after(seconds) as deadline:
+        await run_steps(scope, program, values, index, window)
+        return
+    if deadline.cancelled_caught:
+        error = NodeTimeoutError(f"{scope.plan.label} did not finish within {seconds:g} s")
+        scope.run.blame(error, scope.at(index))
+        raise error
+
+
+async def run_steps(
+    scope: Scope, program: Program, values: list[Any], index: int | None, window: MapRun | None
+) -> None:
+    """Run steps one after another; in a wide program side by side, from the first one that may wait."""
+    run = scope.run
+    unwatched = scope.emit is None
+    in_order = program.linear or scope.engine.node_execution == "sequential"
+    done = 0
+    before = perf_counter()
+    for step in program.steps:
+        if unwatched and step.direct_sync and step.cost.inline:
+            # The hottest path: a cheap function, called right here.
+            try:
+                if step.arity == 1:
+                    result = step.func(values[step.slots[0]])
+                elif step.arity >= 0:
+                    result = step.func(*step.arguments(values))
+                else:
+                    result = step.func(*step.arguments(values), **step.keyword_arguments(values))
+                if step.target >= 0:
+                    values[step.target] = result
+                else:
+                    unpack(step, values, result)
+            except Exception as error:
+                run.blame(error, (*scope.at(index), step.name))
+                raise
+            now = perf_counter()
+            if now - before > CHEAP_S:
+                step.cost.doubted(now - before)
+            before = now
+        elif in_order:
+            if window is not None and window.hungry:
+                window.grow()
+            await _run_step(scope, step, values, index)
+            before = now = perf_counter()
+        else:
+            await _side_by_side(scope, program, values, index, window, done)
+            return
+        done += 1
+        if now > run.yield_at:
+            await run.breathe()
+            before = perf_counter()
+
+
+async def _side_by_side(
+    scope: Scope, program: Program, values: list[Any], index: int | None, window: MapRun | None, done: int
+) -> None:
+    """Run the steps after the first ``done`` ones, every ready one at once."""
+    run = scope.run
+    frontier = Frontier(program, done)
+    ready = frontier.ready
+    starting = False
+
+    async def work(crew: Crew) -> None:
+        nonlocal starting
+        starting = False
+        while ready:
+            position = ready.popleft()
+            step = program.steps[position]
+            if not (step.direct_sync and step.cost.inline):
+                if ready and not starting:
+                    starting = True
+                    crew.start(work)
+                if window is not None and window.hungry:
+                    window.grow()
+            await _run_step(scope, step, values, index)
+            frontier.finish(position)
+            if perf_counter() > run.yield_at:
+                await run.breathe()
+
+    await Crew.run(work)
+
+
+async def _run_step(scope: Scope, step: BoundStep, values: list[Any], index: int | None) -> None:
+    """Run one step, with its events, and store what it makes."""
+    emit = scope.emit
+    run = scope.run
+    if emit is None:
+        try:
+            await _perform(scope, step, values, index)
+        except Exception as error:
+            run.blame(error, (*scope.at(index), step.name))
+            raise
+        return
+    path = (*scope.at(index), step.name)
+    kinds = emit.kinds
+    if ev.NodeStarted in kinds:
+        emit(ev.NodeStarted(run.run_id, path, time.time(), step.inputs(values)))
+    began = perf_counter()
+    try:
+        await _perform(scope, step, values, index)
+    except Exception as error:
+        origin = run.blame(error, path)
+        if ev.NodeFailed in kinds:
+            emit(ev.NodeFailed(run.run_id, path, time.time(), error, origin))
+        raise
+    except BaseException:
+        if ev.NodeCancelled in kinds:
+            emit(ev.NodeCancelled(run.run_id, path, time.time()))
+        raise
+    if ev.NodeFinished in kinds:
+        duration = perf_counter() - began
+        emit(ev.NodeFinished(run.run_id, path, time.time(), step.outputs(values), duration))
+
+
+async def _perform(scope: Scope, step: BoundStep, values: list[Any], index: int | None) -> None:
+    if isinstance(step, BoundPlan):
+        await _run_nested(scope, step, values, index)
+        return
+    if step.direct_async:
+        result = await step.func(*step.arguments(values), **step.keyword_arguments(values))
+    else:
+        result = await call_node(scope, step, values, index)
+    if step.target >= 0:
+        values[step.target] = result
+    else:
+        unpack(step, values, result)
+
+
+async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: int | None) -> None:
+    """Run a nested pipeline: on this engine, or on the backend that it asks for."""
+    program, spec = step.program, step.inner_map
+    path = (*scope.at(index), step.name)
+    shared = {name: values[slot] for name, slot in step.shared}
+    columns = feed = total = None
+    if step.step.map is not None:
+        rows = listed_rows(step.step.map, step.inputs(values), f"nested pipeline {step.name!r}")
+        feed, total = ListFeed(rows), rows.count
+        columns = Columns(step.wanted, total)
+    backend = program.plan.settings.backend
+    if backend is not INHERIT and backend is not scope.backend:
+        job = Job(
+            plan=program.plan,
+            inputs=shared,
+            run_id=scope.run.run_id,
+            path=path,
+            wanted=step.wanted,
+            map=spec,
+            feed=feed,
+            total=total,
+            limits=scope.limits,
+            run=scope.run,
+        )
+        if columns is None:
+            outputs = await backend.arun(job, scope.emit)
+            results = [outputs[name] for name in step.wanted]
+        else:
+            await backend.amap(job, columns, scope.emit)
+            results = columns.lists
+    else:
+        child = scope.inside(program.plan, path)
+        inside = program.template.copy()
+        for name, value in shared.items():
+            inside[program.slots[name]] = value
+        if spec is None or feed is None or columns is None:
+            await _run_pipeline(child, program, inside, shared)
+            results = list(program.results(inside))
+        else:
+            await _run_map(child, program, inside, spec, feed, total, columns, shared)
+            results = columns.lists
+    for target, result in zip(step.targets, results, strict=True):
+        values[target] = result

@@ -1,0 +1,164 @@
+"""Running one map: workers that take rows from one feed, as many as there is waiting to do."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from hypernodes._crew import Crew
+from hypernodes._feed import END, Feed
+from hypernodes._mapping import ItemFailure, MapResult, MapSpec
+from hypernodes._program import Program
+from hypernodes._run import Scope, Sink
+from hypernodes.errors import TooManyFailuresError
+
+RunItem = Callable[[Scope, Program, list[Any], int, "MapRun"], Awaitable[None]]
+
+
+class Columns:
+    """A sink that gathers a list for each output, in input order."""
+
+    __slots__ = ("_names", "failures", "lists")
+
+    bounded = False
+
+    def __init__(self, names: Sequence[str], count: int) -> None:
+        self._names = names
+        self.lists: list[list[Any]] = [[None] * count for _ in names]
+        self.failures: list[ItemFailure] = []
+
+    def full(self, taken: int) -> bool:
+        """Say no: lists have room for every item."""
+        return False
+
+    async def room(self) -> None:
+        """Return at once."""
+
+    def deliver(self, index: int, outputs: tuple[Any, ...]) -> None:
+        """Store an item's outputs at its position."""
+        for column, value in zip(self.lists, outputs, strict=True):
+            column[index] = value
+
+    def fail(self, failure: ItemFailure) -> None:
+        """Note a failure; its position holds None."""
+        self.failures.append(failure)
+
+    def collected(self) -> MapResult:
+        """Return the lists by name."""
+        return MapResult(dict(zip(self._names, self.lists, strict=True)), self.failures)
+
+
+class Failures:
+    """What a map does with a failing item: raise the error, or collect it, up to a bound."""
+
+    __slots__ = ("_scope", "_seen", "_sink", "_spec")
+
+    def __init__(self, scope: Scope, spec: MapSpec, sink: Sink) -> None:
+        self._scope = scope
+        self._spec = spec
+        self._sink = sink
+        self._seen: list[ItemFailure] = []
+
+    def take(self, index: int, inputs: dict[str, Any], error: Exception) -> None:
+        """Hand a failure to the sink, or raise its error."""
+        if self._spec.on_error == "raise":
+            raise error
+        path = self._scope.run.forgive(error, self._scope.at(index))
+        failure = ItemFailure(index, path, error, inputs)
+        self._sink.fail(failure)
+        most = self._spec.max_failures
+        if most is None:
+            return
+        self._seen.append(failure)
+        if len(self._seen) >= most:
+            raise TooManyFailuresError(
+                f"{self._scope.plan.label} was stopped at its failed item number {most} (max_failures); "
+                f"the last failure is the cause of this error",
+                self._seen,
+            ) from error
+
+
+class MapRun:
+    """The items of one map on this loop.
+
+    Workers take rows from one feed. A worker starts the next one when it is about to wait, none is waiting
+    to begin, and there may be more: items that never wait cost no task at all, items that do get one slot
+    each, up to ``limit``.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        program: Program,
+        template: list[Any],
+        spec: MapSpec,
+        feed: Feed,
+        sink: Sink,
+        run_item: RunItem,
+    ) -> None:
+        engine = scope.engine
+        self._scope = scope
+        self._program = program
+        self._template = template
+        self._spec = spec
+        self._feed = feed
+        self._sink = sink
+        self._limit = engine.items_at_once(spec)
+        self._run_item = run_item
+        self._slots = tuple(program.slots[name] for name in spec.over)
+        self._failures = Failures(scope, spec, sink)
+        self._quick = not feed.waits and not sink.bounded
+        self._active = 1
+        self._taken = 0
+        self._taking = False
+        self._starting = False
+        self._crew: Crew
+        self.hungry = False
+        """Whether a worker that is about to wait should start another one first."""
+
+    async def run(self) -> None:
+        """Run every item."""
+        await Crew.run(self._work)
+
+    def grow(self) -> None:
+        """Start another worker."""
+        self.hungry = False
+        self._starting = True
+        self._active += 1
+        self._crew.start(self._work)
+
+    async def _work(self, crew: Crew) -> None:
+        self._crew = crew
+        self._starting = False
+        run_item, scope, program, template = self._run_item, self._scope, self._program, self._template
+        slots, results, deliver = self._slots, program.results, self._sink.deliver
+        # While another worker waits for a row, this one is not needed.
+        while not self._taking:
+            row = self._feed.next() if self._quick else await self._take()
+            if row is END:
+                self._limit = 0
+                self.hungry = False
+                break
+            index = self._taken
+            self._taken = index + 1
+            self.hungry = self._active < self._limit and not self._starting
+            values = template.copy()
+            for slot, value in zip(slots, row, strict=True):
+                values[slot] = value
+            try:
+                await run_item(scope, program, values, index, self)
+            except Exception as error:  # noqa: BLE001 - raised again, or handed to the user
+                self._failures.take(index, dict(zip(self._spec.over, row, strict=True)), error)
+            else:
+                deliver(index, results(values))
+        self._active -= 1
+
+    async def _take(self) -> Any:
+        self._taking = True
+        self.hungry = False
+        try:
+            while self._sink.full(self._taken):
+                await self._sink.room()
+            return await self._feed.pull()
+        finally:
+            self._taking = False

@@ -1,0 +1,335 @@
+"""``@node``: a plain function, with the names of what it needs and makes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
+
+from hypernodes._retry import RetryPolicy
+from hypernodes.errors import DefinitionError, quoted
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+RunIn = Literal["auto", "loop", "thread", "process"]
+Kind = Literal["sync", "async", "generator", "async_generator"]
+_RUN_IN = typing.get_args(RunIn)
+
+REQUIRED: Any = inspect.Parameter.empty
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input by name: its annotation (``Any`` when there is none) and its default, if it is optional."""
+
+    name: str
+    annotation: Any = Any
+    default: Any = REQUIRED
+
+    @property
+    def required(self) -> bool:
+        """Whether a call must give it."""
+        return self.default is REQUIRED
+
+    def __repr__(self) -> str:
+        default = "" if self.required else f" = {self.default!r}"
+        return f"{self.name}: {annotation_text(self.annotation)}{default}"
+
+
+class Node(Generic[P, R]):
+    """A function on single items with the names of its inputs and outputs; made by :func:`node`.
+
+    Still callable as the plain function. Immutable; safe to use in many pipelines at once.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_signature",
+        "func",
+        "kind",
+        "limit",
+        "max_concurrency",
+        "name",
+        "output_name",
+        "outputs",
+        "retry",
+        "run_in",
+        "timeout",
+    )
+
+    def __init__(
+        self,
+        func: Callable[P, R],
+        output_name: str | tuple[str, ...],
+        *,
+        run_in: RunIn = "auto",
+        max_concurrency: int | None = None,
+        limit: str | None = None,
+        timeout: float | None = None,
+        retry: int | RetryPolicy | None = None,
+    ) -> None:
+        if isinstance(func, Node):
+            func = func.func
+        if not callable(func):
+            raise DefinitionError(f"@node decorates a function; {func!r} is not callable")
+        name = function_name(func)
+        signature = _signature(func, name)
+        set_ = functools.partial(object.__setattr__, self)
+        set_("func", func)
+        set_("name", name)
+        set_("output_name", output_name)
+        set_("outputs", _output_names(output_name, name))
+        set_("_signature", signature)
+        set_("kind", _kind(func))
+        set_("run_in", _checked_run_in(run_in, self.kind, name))
+        set_("max_concurrency", checked_count(max_concurrency, "max_concurrency", name))
+        set_("limit", _checked_limit(limit, name))
+        set_("timeout", checked_seconds(timeout, name))
+        set_("retry", RetryPolicy.of(retry, name))
+        clash = set(self.outputs) & set(signature.parameters)
+        if clash:
+            raise DefinitionError(
+                f"node {name!r} both needs and makes {quoted(sorted(clash))}: give its output another name"
+            )
+
+    func: Callable[P, R]
+    name: str
+    output_name: str | tuple[str, ...]
+    outputs: tuple[str, ...]
+    kind: Kind
+    run_in: RunIn
+    max_concurrency: int | None
+    limit: str | None
+    timeout: float | None
+    retry: RetryPolicy | None
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the plain function, as if it had never been decorated."""
+        return self.func(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"node {self.name!r} is immutable: decorate the function again to change {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"node {self.name!r} is immutable")
+
+    def __get__(self, instance: object, owner: type | None = None) -> Node[..., R]:
+        """Bind to an instance when a node is defined in a class body, as a function would."""
+        if instance is None or not isinstance(self.func, types.FunctionType):
+            return self
+        return Node(self.func.__get__(instance, owner), self.output_name, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("run_in", "max_concurrency", "limit", "timeout", "retry")}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.func, self.output_name, self._options())
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """What it needs, by name, with annotations resolved."""
+        hints = _annotations(self.func)
+        return types.MappingProxyType(
+            {name: Input(name, hints.get(name, Any), each.default) for name, each in self.parameters.items()}
+        )
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The function's parameters, in order."""
+        return self._signature.parameters  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def returns(self) -> Any:
+        """The return annotation, resolved; ``Any`` when there is none."""
+        return _annotations(self.func).get("return", Any)
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    @property
+    def __wrapped__(self) -> Callable[P, R]:
+        return self.func
+
+    def __repr__(self) -> str:
+        kind = "" if self.kind == "sync" else f"{self.kind.replace('_', ' ')} "
+        return f"<{kind}node {self.name}({', '.join(self.parameters)}) -> {', '.join(self.outputs)}>"
+
+
+def _rebuild(func: Callable[..., Any], output_name: str | tuple[str, ...], options: dict[str, Any]) -> Node[..., Any]:
+    return Node(func, output_name, **options)
+
+
+class _Decorator:
+    """What ``node("output")`` gives: applied to a function it makes the node."""
+
+    __slots__ = ("_options", "_output_name")
+
+    def __init__(self, output_name: str | tuple[str, ...], options: dict[str, Any]) -> None:
+        self._output_name = output_name
+        self._options = options
+
+    def __call__(self, func: Callable[P, R]) -> Node[P, R]:
+        return Node(func, self._output_name, **self._options)
+
+
+@overload
+def node(
+    output_name: str | tuple[str, ...],
+    *,
+    run_in: RunIn = ...,
+    max_concurrency: int | None = ...,
+    limit: str | None = ...,
+    timeout: float | None = ...,
+    retry: int | RetryPolicy | None = ...,
+) -> _Decorator: ...
+@overload
+def node(output_name: Callable[..., Any]) -> typing.NoReturn: ...
+def node(output_name: Any, **options: Any) -> Any:
+    """Turn a function into a node whose parameters are inputs, by name.
+
+    Args:
+        output_name: the name of what it returns, or a tuple of names for a function that returns a tuple
+            of that length.
+        run_in: where a sync function runs: ``"loop"``, ``"thread"``, ``"process"``, or ``"auto"``: in a
+            worker thread until it has proved cheap (under 50 microseconds), then on the event loop, and
+            back in a thread as soon as it is slow.
+        max_concurrency: how many calls of this node may run at once within one run, over all items.
+        limit: the name of a bound shared with other nodes, set by ``Pipeline(limits={name: count})``.
+        timeout: seconds that one attempt may take; then :class:`~hypernodes.NodeTimeoutError`. A function
+            in a thread cannot be stopped by Python: it runs on, unheard; one in a process is killed.
+        retry: attempts in all (an int), or a :class:`~hypernodes.RetryPolicy`.
+
+    The function may be ``def``, ``async def``, a generator or an async generator (its output is the list
+    of what it yields), a ``functools.partial``, a bound method or a callable object.
+
+    Raises:
+        DefinitionError: for ``*args``, ``**kwargs``, positional-only parameters or a bad option.
+
+    >>> @node("cleaned")
+    ... def clean(text: str) -> str:
+    ...     return text.strip().lower()
+    >>> clean("  Shalom ")
+    'shalom'
+    >>> clean
+    <node clean(text) -> cleaned>
+    """
+    if callable(output_name):
+        raise DefinitionError(
+            f"@node needs the name of the output: write @node(\"name\") above {function_name(output_name)!r}"
+        )
+    unknown = set(options) - {"run_in", "max_concurrency", "limit", "timeout", "retry"}
+    if unknown:
+        raise TypeError(f"node() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+    _output_names(output_name, None)
+    return _Decorator(output_name, options)
+
+
+def function_name(func: Any) -> str:
+    """Return the name of a function, of the function inside a partial, or of a callable object's class."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    name = getattr(func, "__name__", None)
+    return name if isinstance(name, str) else type(func).__name__
+
+
+def annotation_text(annotation: Any) -> str:
+    """Return an annotation as a person would write it."""
+    if annotation is Any:
+        return "Any"
+    return annotation.__qualname__ if type(annotation) is type else inspect.formatannotation(annotation)
+
+
+def checked_count(value: int | None, option: str, name: str | None) -> int | None:
+    """Return a whole number of at least 1, or None."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise DefinitionError(f"{option} of {name!r} must be a whole number of at least 1 or None, not {value!r}")
+
+
+def checked_seconds(value: float | None, name: str | None) -> float | None:
+    """Return a positive number of seconds, or None."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0):
+        return value
+    raise DefinitionError(f"timeout of {name!r} must be a number of seconds above 0 or None, not {value!r}")
+
+
+def _checked_run_in(run_in: RunIn, kind: Kind, name: str) -> RunIn:
+    if run_in not in _RUN_IN:
+        raise DefinitionError(f"run_in of {name!r} must be one of {quoted(_RUN_IN)}, not {run_in!r}")
+    if kind in ("async", "async_generator") and run_in in ("thread", "process"):
+        raise DefinitionError(
+            f"{name!r} is async, so it runs on the event loop: run_in={run_in!r} is for sync functions"
+        )
+    return run_in
+
+
+def _checked_limit(limit: str | None, name: str) -> str | None:
+    if limit is None or (isinstance(limit, str) and limit):
+        return limit
+    raise DefinitionError(f"limit of {name!r} is the name of a shared bound, a str, not {limit!r}")
+
+
+def _output_names(output_name: Any, name: str | None) -> tuple[str, ...]:
+    owner = f"node {name!r}" if name else "@node"
+    names = output_name if isinstance(output_name, tuple) else (output_name,)
+    if not names:
+        raise DefinitionError(f"{owner} names no output: give a str or a tuple of str")
+    for each in names:
+        if not isinstance(each, str) or not each.isidentifier():
+            raise DefinitionError(f"{owner}: an output name must be a valid Python identifier, not {each!r}")
+    if len(set(names)) < len(names):
+        raise DefinitionError(f"{owner} names the same output twice: {quoted(names)}")
+    return names
+
+
+def _kind(func: Callable[..., Any]) -> Kind:
+    while isinstance(func, functools.partial):
+        func = func.func
+    target = func if inspect.isroutine(func) or isinstance(func, type) else getattr(func, "__call__", func)  # noqa: B004 - the bound method is what is inspected
+    if inspect.isasyncgenfunction(target):
+        return "async_generator"
+    if inspect.isgeneratorfunction(target):
+        return "generator"
+    return "async" if inspect.iscoroutinefunction(target) else "sync"
+
+
+def _signature(func: Callable[..., Any], name: str) -> inspect.Signature:
+    try:
+        signature = inspect.signature(func)
+    except (ValueError, TypeError) as error:
+        raise DefinitionError(
+            f"{name!r} has no signature that Python can read ({error}): wrap it in a function with named parameters"
+        ) from error
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise DefinitionError(
+                f"node {name!r} takes {parameter}: inputs are matched by name, so every parameter must be "
+                f"named; list them, or take one dict or list as an input"
+            )
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise DefinitionError(
+                f"node {name!r} has the positional-only parameter {parameter.name!r}: inputs are matched by "
+                f"name; remove the '/' or wrap it in a function with named parameters"
+            )
+    return signature
+
+
+def _annotations(func: Callable[..., Any]) -> dict[str, Any]:
+    """Return the resolved annotations; those as written when one cannot be resolved."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    target: Any = func
+    if isinstance(func, type):
+        target = func.__init__
+    elif not inspect.isroutine(func):
+        target = type(func).__call__
+    try:
+        return typing.get_type_hints(target)
+    except Exception:  # noqa: BLE001 - annotations are the user's own code and may raise anything
+        return dict(getattr(target, "__annotations__", {}))

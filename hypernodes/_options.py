@@ -1,0 +1,160 @@
+"""Checks of what a user gives to a pipeline or to a call, each with a message that teaches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import anyio
+
+from hypernodes._node import REQUIRED, checked_count
+from hypernodes._plan import ExecutionPlan, describe, needed_steps
+from hypernodes.backend import Backend
+from hypernodes.errors import DefinitionError, DependencyError, did_you_mean, quoted
+
+
+def checked_backend(backend: Any) -> Backend:
+    """Return a backend instance."""
+    if isinstance(backend, Backend):
+        return backend
+    if isinstance(backend, type) and issubclass(backend, Backend):
+        raise DefinitionError(f"backend takes an instance: write {backend.__name__}()")
+    raise DefinitionError(f"backend takes a Backend such as LocalBackend(), not {backend!r}")
+
+
+def checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
+    """Return callbacks as a tuple; they need no common base class."""
+    if isinstance(callbacks, str | bytes) or not isinstance(callbacks, Iterable):
+        raise DefinitionError(f"callbacks takes a list of callbacks, [] for none, not {callbacks!r}")
+    checked = tuple(callbacks)
+    for each in checked:
+        if isinstance(each, type):
+            raise DefinitionError(f"callbacks takes instances: write {each.__name__}()")
+    return checked
+
+
+def checked_limits(limits: Any) -> dict[str, Any]:
+    """Return limits by name: whole numbers, or the user's own limiters."""
+    if not isinstance(limits, Mapping):
+        raise DefinitionError(f"limits takes a dict of names and counts, not {limits!r}")
+    for name, value in limits.items():
+        if not isinstance(name, str):
+            raise DefinitionError(f"limits takes names, not {name!r}")
+        if not isinstance(value, anyio.CapacityLimiter):
+            checked_count(value if value is not None else 0, "the limit", name)
+    return dict(limits)
+
+
+def merged_inputs(inputs: Mapping[str, Any] | None, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a call, given as a mapping and as keywords."""
+    if inputs is None:
+        return dict(keywords)
+    if not isinstance(inputs, Mapping):
+        raise DependencyError(f"inputs is a dict of values by name, not {type(inputs).__name__}")
+    twice = set(inputs) & set(keywords)
+    if twice:
+        raise DependencyError(f"given twice, in inputs and as keyword: {quoted(sorted(twice))}")
+    return {**inputs, **keywords}
+
+
+def wanted_names(output_name: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the outputs that a call asks for."""
+    return (output_name,) if isinstance(output_name, str) else tuple(dict.fromkeys(output_name))
+
+
+def check_call(plan: ExecutionPlan, given: Mapping[str, Any], wanted: tuple[str, ...] | None) -> None:
+    """Check a call's names before anything runs.
+
+    Raises:
+        DependencyError: an input is missing, unknown, bound or made by a node; an output or limit is unknown.
+    """
+    for name in given:
+        if name not in plan.inputs:
+            raise DependencyError(_unknown_input(plan, name))
+    if wanted is not None:
+        plan.check_outputs(wanted)
+    for name, default in plan.inputs.items():
+        if default is REQUIRED and name not in given and (wanted is None or name in _inputs_for(plan, wanted)):
+            raise DependencyError(_missing_inputs(plan, given, wanted))
+    for limit, user in plan.open_limits.items():
+        raise DependencyError(
+            f"node {user!r} asks for limit={limit!r}, which no pipeline sets: "
+            f"add limits={{{limit!r}: count}} to {plan.label}{did_you_mean(limit, plan.settings.limits)}"
+        )
+
+
+def _inputs_for(plan: ExecutionPlan, wanted: tuple[str, ...]) -> set[str]:
+    needed = needed_steps(plan, wanted)
+    return {name for step in plan.steps if id(step) in needed for name in step.inputs}
+
+
+def _unknown_input(plan: ExecutionPlan, name: str) -> str:
+    if name in plan.constants:
+        return f"input {name!r} of {plan.label} is fixed by bind(); bind it again to change it"
+    if name in plan.producers:
+        return (
+            f"{name!r} is no input of {plan.label}: {describe(plan.producers[name])} makes it; "
+            f"to give it yourself, replace({name}=...)"
+        )
+    return f"{plan.label} has no input {name!r}{did_you_mean(name, plan.inputs)}"
+
+
+def _missing_inputs(plan: ExecutionPlan, given: Mapping[str, Any], wanted: tuple[str, ...] | None) -> str:
+    asked = set(plan.inputs) if wanted is None else _inputs_for(plan, wanted)
+    missing = [name for name in plan.required if name in asked and name not in given]
+    users = {
+        name: next(step.name for step in plan.steps if name in step.inputs) for name in missing
+    }
+    listing = ", ".join(f"{name!r} (for {users[name]!r})" for name in missing)
+    noun = "input" if len(missing) == 1 else "inputs"
+    return f"{plan.label} needs the {noun} {listing}; given: {quoted(sorted(given)) or 'nothing'}"
+
+
+def renamed_inputs(plan: ExecutionPlan, mapping: Mapping[str, str], step: str) -> dict[str, str]:
+    """Return ``{outer: inner}`` for every input of a nested pipeline."""
+    for outer, inner in mapping.items():
+        if inner not in plan.inputs:
+            swapped = f" (input_mapping is {{outer: inner}}: write {{{inner!r}: {outer!r}}})" if outer in plan.inputs else ""
+            raise DefinitionError(
+                f"input_mapping of nested pipeline {step!r}: {inner!r} is not an input of it"
+                f"{swapped or did_you_mean(inner, plan.inputs)}"
+            )
+        if not isinstance(outer, str) or not outer.isidentifier():
+            raise DefinitionError(f"input_mapping of nested pipeline {step!r}: {outer!r} is not a valid name")
+    outer_names = {inner: outer for outer, inner in mapping.items()}
+    if len(outer_names) < len(mapping):
+        doubled = next(inner for inner in outer_names if list(mapping.values()).count(inner) > 1)
+        raise DefinitionError(f"input_mapping of nested pipeline {step!r}: {doubled!r} is given by two outer names")
+    renamed: dict[str, str] = {}
+    for inner in plan.inputs:
+        outer = outer_names.get(inner, inner)
+        if outer in renamed:
+            raise DefinitionError(
+                f"input_mapping of nested pipeline {step!r}: the outer name {outer!r} would stand for both "
+                f"{renamed[outer]!r} and {inner!r}; map {inner!r} to another name"
+            )
+        renamed[outer] = inner
+    return renamed
+
+
+def renamed_outputs(plan: ExecutionPlan, mapping: Mapping[str, str], step: str) -> dict[str, str]:
+    """Return ``{inner: outer}`` for every output of a nested pipeline."""
+    for inner, outer in mapping.items():
+        if inner not in plan.producers:
+            swapped = (
+                f" (output_mapping is {{inner: outer}}: write {{{outer!r}: {inner!r}}})"
+                if outer in plan.producers
+                else ""
+            )
+            raise DefinitionError(
+                f"output_mapping of nested pipeline {step!r}: {inner!r} is not an output of it"
+                f"{swapped or did_you_mean(inner, plan.producers)}"
+            )
+        if not isinstance(outer, str) or not outer.isidentifier():
+            raise DefinitionError(f"output_mapping of nested pipeline {step!r}: {outer!r} is not a valid name")
+    renamed = {inner: mapping.get(inner, inner) for inner in plan.outputs}
+    outer_names = list(renamed.values())
+    doubled = next((name for name in outer_names if outer_names.count(name) > 1), None)
+    if doubled is not None:
+        raise DefinitionError(f"output_mapping of nested pipeline {step!r}: two outputs would be named {doubled!r}")
+    return renamed

@@ -1,0 +1,298 @@
+"""The plan of a pipeline: steps in order, checked once at construction. Pure data, recursive."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from hypernodes._mapping import MapSpec, Path
+from hypernodes._node import REQUIRED, Input, Node
+from hypernodes.errors import CycleError, DefinitionError, DependencyError, did_you_mean, quoted
+
+if TYPE_CHECKING:
+    from hypernodes._program import Program
+
+
+class _Inherit:
+    """The type of :data:`INHERIT`."""
+
+    def __repr__(self) -> str:
+        return "<inherit>"
+
+    def __reduce__(self) -> str:
+        return "INHERIT"
+
+
+INHERIT: Final = _Inherit()
+"""What a setting is that says nothing: the nearest enclosing pipeline that says something decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a pipeline says of how its runs go; ``INHERIT`` where it says nothing."""
+
+    backend: Any = INHERIT
+    callbacks: Any = INHERIT
+    timeout: Any = INHERIT
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CallStep:
+    """One function of a plan."""
+
+    node: Node[..., Any]
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.node.outputs
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """Names and defaults of what it needs."""
+        return {name: each.default for name, each in self.node.parameters.items()}
+
+    def typed_inputs(self) -> Mapping[str, Input]:
+        return self.node.inputs
+
+    def output_type(self, name: str) -> Any:
+        return _part_of(self.node.returns, self.node, name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanStep:
+    """A nested pipeline as one step: its plan, the names it goes by outside, and how it is mapped."""
+
+    name: str
+    plan: ExecutionPlan
+    outer_to_inner: Mapping[str, str]
+    inner_to_outer: Mapping[str, str]
+    map: MapSpec | None = None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(self.inner_to_outer.values())
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """Names (outside) and defaults of what it needs."""
+        inner = self.plan.inputs
+        mapped = self.map.over if self.map else ()
+        # A default is for a single item, so a mapped input is always required.
+        return {
+            outer: REQUIRED if outer in mapped else inner[name] for outer, name in self.outer_to_inner.items()
+        }
+
+    def typed_inputs(self) -> Mapping[str, Input]:
+        inner = self.plan.typed_inputs()
+        mapped = self.map.over if self.map else ()
+        typed = {}
+        for outer, name in self.outer_to_inner.items():
+            each = inner[name]
+            if outer in mapped:
+                typed[outer] = Input(outer, list[each.annotation])  # type: ignore[name-defined]
+            else:
+                typed[outer] = Input(outer, each.annotation, each.default)
+        return typed
+
+    def output_type(self, name: str) -> Any:
+        inner = next(inside for inside, outside in self.inner_to_outer.items() if outside == name)
+        annotation = self.plan.producers[inner].output_type(inner)
+        return list[annotation] if self.map else annotation  # type: ignore[valid-type]
+
+
+Step = CallStep | PlanStep
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExecutionPlan:
+    """Steps in topological order (the order given, where names allow it), with what they need and make."""
+
+    name: str
+    steps: tuple[Step, ...]
+    inputs: Mapping[str, Any]
+    outputs: tuple[str, ...]
+    producers: Mapping[str, Step]
+    open_limits: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
+    programs: dict[Any, Program] = field(default_factory=dict, repr=False)
+    """Derived from the rest, kept because it is asked for at every run."""
+
+    @property
+    def required(self) -> list[str]:
+        return [name for name, default in self.inputs.items() if default is REQUIRED]
+
+    @property
+    def label(self) -> str:
+        """How errors name this plan."""
+        return f"pipeline {self.name!r}"
+
+    def with_settings(self, **changes: Any) -> ExecutionPlan:
+        """Return this plan with other settings; limits are added to those there are."""
+        settings = replace(self.settings, **changes)
+        return replace(self, settings=settings, open_limits=_open_limits(self.steps, settings.limits), programs={})
+
+    def with_name(self, name: str) -> ExecutionPlan:
+        return replace(self, name=name, programs={})
+
+    def binding(self, values: Mapping[str, Any]) -> ExecutionPlan:
+        """Return this plan with some inputs fixed."""
+        for name in values:
+            if name not in self.inputs and name not in self.constants:
+                raise DefinitionError(f"bind(): {self.label} has no input {name!r}{did_you_mean(name, self.inputs)}")
+        inputs = {name: default for name, default in self.inputs.items() if name not in values}
+        return replace(self, inputs=inputs, constants={**self.constants, **values}, programs={})
+
+    def typed_inputs(self) -> Mapping[str, Input]:
+        """Inputs with their annotations, as the first step that needs each one says."""
+        typed: dict[str, Input] = {}
+        for step in self.steps:
+            for name, each in step.typed_inputs().items():
+                if name in self.inputs and name not in typed:
+                    typed[name] = Input(name, each.annotation, self.inputs[name])
+        return typed
+
+    def check_outputs(self, names: Iterable[str]) -> None:
+        """Raise DependencyError for an output that no step makes."""
+        for name in names:
+            if name not in self.producers:
+                raise DependencyError(f"{self.label} has no output {name!r}{did_you_mean(name, self.producers)}")
+
+    def child(self, path: Path) -> ExecutionPlan | None:
+        """Return the nested plan at a path below this plan, such as ``("encode_all", 17)``."""
+        plan = self
+        for name in path:
+            if isinstance(name, int):
+                continue
+            step = next((step for step in plan.steps if step.name == name), None)
+            if not isinstance(step, PlanStep):
+                return None
+            plan = step.plan
+        return plan
+
+
+def compile_plan(name: str, steps: Sequence[Step], settings: Settings, constants: Mapping[str, Any]) -> ExecutionPlan:
+    """Order steps by the names they need and make.
+
+    Raises:
+        DefinitionError: two steps make the same output, or two nested steps share a name.
+        CycleError: steps need each other in a circle.
+    """
+    producers = _producers(steps)
+    ordered = _ordered(steps, producers)
+    inputs: dict[str, Any] = {}
+    for step in ordered:
+        for each, default in step.inputs.items():
+            if each in producers or each in constants:
+                continue
+            if each not in inputs or default is REQUIRED:
+                inputs[each] = default
+    outputs = tuple(output for step in ordered for output in step.outputs)
+    return ExecutionPlan(
+        name, ordered, inputs, outputs, producers, _open_limits(ordered, settings.limits), constants, settings
+    )
+
+
+def needed_steps(plan: ExecutionPlan, wanted: Iterable[str]) -> set[int]:
+    """Return the identities of the steps that these outputs need."""
+    needed: set[int] = set()
+    stack = [plan.producers[name] for name in wanted]
+    while stack:
+        step = stack.pop()
+        if id(step) not in needed:
+            needed.add(id(step))
+            stack.extend(plan.producers[name] for name in step.inputs if name in plan.producers)
+    return needed
+
+
+def _producers(steps: Sequence[Step]) -> dict[str, Step]:
+    producers: dict[str, Step] = {}
+    for step in steps:
+        for output in step.outputs:
+            if output in producers:
+                raise DefinitionError(
+                    f"two nodes make the output {output!r}: {describe(producers[output])} and {describe(step)}; "
+                    f"rename one (as_node(output_mapping=...) for a nested pipeline)"
+                )
+            producers[output] = step
+    return producers
+
+
+def _ordered(steps: Sequence[Step], producers: Mapping[str, Step]) -> tuple[Step, ...]:
+    """Depth first in the given order, so that steps stay where they were written when names allow it."""
+    ordered: list[Step] = []
+    done: set[int] = set()
+    for first in steps:
+        if id(first) in done:
+            continue
+        trail = [first]
+        open_ids = {id(first)}
+        waiting = [iter(first.inputs)]
+        while trail:
+            for name in waiting[-1]:
+                producer = producers.get(name)
+                if producer is None or id(producer) in done:
+                    continue
+                if id(producer) in open_ids:
+                    raise CycleError(_cycle_text([*trail[[id(s) for s in trail].index(id(producer)) :], producer]))
+                trail.append(producer)
+                open_ids.add(id(producer))
+                waiting.append(iter(producer.inputs))
+                break
+            else:
+                waiting.pop()
+                step = trail.pop()
+                open_ids.discard(id(step))
+                done.add(id(step))
+                ordered.append(step)
+    return tuple(ordered)
+
+
+def _cycle_text(trail: Sequence[Step]) -> str:
+    """Print a cycle in the direction that data goes; each step of the trail needs the one after it."""
+    names = " -> ".join(step.name for step in reversed(trail))
+    needs = "; ".join(
+        f"{needing.name!r} needs {quoted(name for name in needing.inputs if name in making.outputs)} of {making.name!r}"
+        for needing, making in zip(trail, trail[1:], strict=False)
+    )
+    return f"these nodes form a cycle: {names} ({needs}); break it by giving one of them another output name"
+
+
+def _open_limits(steps: Iterable[Step], defined: Collection[str]) -> dict[str, str]:
+    """Return the limit names that steps use and nobody below defines, each with a step that uses it."""
+    used: dict[str, str] = {}
+    for step in steps:
+        if isinstance(step, PlanStep):
+            used |= step.plan.open_limits
+        elif step.node.limit is not None:
+            used[step.node.limit] = step.name
+    return {limit: name for limit, name in used.items() if limit not in defined}
+
+
+def _part_of(annotation: Any, node: Node[..., Any], name: str) -> Any:
+    """Return the annotation of one of a node's outputs."""
+    import typing
+
+    args = typing.get_args(annotation)
+    if node.kind in ("generator", "async_generator"):
+        return list[args[0]] if args else list  # type: ignore[valid-type]
+    if not isinstance(node.output_name, tuple):
+        return annotation
+    if typing.get_origin(annotation) is tuple and len(args) == len(node.outputs) and ... not in args:
+        return args[node.outputs.index(name)]
+    return Any
+
+
+def describe(step: Step) -> str:
+    """Name a step for an error: the function with its place, or the nested pipeline."""
+    if isinstance(step, PlanStep):
+        return f"nested pipeline {step.name!r}"
+    code = getattr(step.node.func, "__code__", None)
+    where = f" ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})" if code else ""
+    return f"node {step.name!r}{where}"

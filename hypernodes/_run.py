@@ -1,0 +1,246 @@
+"""The state of one run, private to it: limits, threads, processes, and who failed where."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import anyio
+from anyio.lowlevel import RunVar, checkpoint
+
+from hypernodes._feed import Feed
+from hypernodes._mapping import ItemFailure, MapSpec, Path
+from hypernodes._node import Node
+from hypernodes._plan import INHERIT, ExecutionPlan
+from hypernodes._program import BoundCall, Program
+from hypernodes.errors import DefinitionError
+from hypernodes.events import Emit, format_path
+
+if TYPE_CHECKING:
+    from hypernodes._engine import PipelineExecutionEngine
+
+SLICE_S = 0.003
+"""Seconds of work on the loop after which a run lets others have it."""
+DEFAULT_THREADS = 64
+_default_threads: RunVar[anyio.CapacityLimiter] = RunVar("hypernodes_threads")
+
+Bound = anyio.Semaphore | anyio.CapacityLimiter
+Mode = Literal["sequential", "async", "threaded", "parallel"]
+
+
+class Sink(Protocol):
+    """Where the results of a map go, as items finish; called on the loop's thread."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it can be full."""
+        ...
+
+    def full(self, taken: int) -> bool:
+        """Say whether the map, having taken so many rows, should wait for :meth:`room` before another."""
+        ...
+
+    async def room(self) -> None:
+        """Wait until the sink may have room again."""
+        ...
+
+    def deliver(self, index: int, outputs: tuple[Any, ...]) -> None:
+        """Take an item's outputs, in the order of the wanted names."""
+        ...
+
+    def fail(self, failure: ItemFailure) -> None:
+        """Take an item's failure (``on_error="collect"``)."""
+        ...
+
+    def collected(self) -> Mapping[str, Any]:
+        """Return what was gathered, by name; nothing for a sink that passes results on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a backend is asked to run: a plan with its inputs, once or mapped."""
+
+    plan: ExecutionPlan
+    inputs: Mapping[str, Any]
+    """Values by name; of a map those that all items share."""
+    run_id: str
+    path: Path
+    wanted: tuple[str, ...] | None = None
+    """The outputs to make; None for all."""
+    map: MapSpec | None = None
+    feed: Feed | None = None
+    """Of a map: its :class:`~hypernodes._feed.Feed`."""
+    limits: Mapping[str, Bound] | None = None
+    """Limits that enclosing pipelines have set."""
+    total: int | None = None
+    """Of a map: how many rows there are, where that is known."""
+    run: Run | None = None
+    """The run that this job is part of, when both are in this process."""
+
+
+class Workers(Protocol):
+    """Worker processes, started when first needed."""
+
+    async def call(self, step: BoundCall, arguments: tuple[Any, ...], keywords: dict[str, Any], path: Path) -> Any:
+        """Call one function in a worker process."""
+        ...
+
+    async def map(
+        self, scope: Scope, program: Program, template: list[Any], spec: MapSpec, feed: Feed, sink: Sink
+    ) -> None:
+        """Run a map's items in chunks in worker processes."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop every worker."""
+        ...
+
+
+StartWorkers = Callable[[int | None], tuple[Workers, bool]]
+
+
+class Run:
+    """What the parts of one run share."""
+
+    __slots__ = ("_node_bounds", "_owns_workers", "_start_workers", "_threads", "_workers", "blamed", "emit", "run_id", "yield_at")
+
+    def __init__(self, run_id: str, emit: Emit | None, start_workers: StartWorkers | None) -> None:
+        self.run_id = run_id
+        self.emit = emit
+        self.blamed: dict[int, tuple[BaseException, Path]] = {}
+        """Errors on their way out, by identity, with the path of the node where each began."""
+        self.yield_at = time.perf_counter() + SLICE_S
+        self._node_bounds: dict[Node[..., Any], anyio.Semaphore] = {}
+        self._threads: dict[int, anyio.CapacityLimiter] = {}
+        self._start_workers = start_workers
+        self._workers: Workers | None = None
+        self._owns_workers = False
+
+    async def breathe(self) -> None:
+        """Let the loop's other tasks have a turn, and be cancelled if that is due."""
+        await checkpoint()
+        self.yield_at = time.perf_counter() + SLICE_S
+
+    def node_bound(self, node: Node[..., Any], count: int) -> Bound:
+        """Return the bound that all calls of a node in this run share."""
+        bound = self._node_bounds.get(node)
+        if bound is None:
+            bound = self._node_bounds[node] = anyio.Semaphore(count, fast_acquire=True)
+        return bound
+
+    def threads(self, max_workers: int | None) -> anyio.CapacityLimiter:
+        """Return the limiter of worker threads: this run's own, or the default of this event loop."""
+        if max_workers is not None:
+            limiter = self._threads.get(max_workers)
+            if limiter is None:
+                limiter = self._threads[max_workers] = anyio.CapacityLimiter(max_workers)
+            return limiter
+        try:
+            return _default_threads.get()
+        except LookupError:
+            limiter = anyio.CapacityLimiter(DEFAULT_THREADS)
+            _default_threads.set(limiter)
+            return limiter
+
+    def workers(self, max_workers: int | None) -> Workers:
+        """Return this run's worker processes."""
+        if self._workers is None:
+            if self._start_workers is None:
+                raise DefinitionError("this backend has no worker processes: use LocalBackend")
+            self._workers, self._owns_workers = self._start_workers(max_workers)
+        return self._workers
+
+    async def aclose(self) -> None:
+        """Stop the worker processes that this run started."""
+        if self._workers is not None and self._owns_workers:
+            with anyio.CancelScope(shield=True):
+                await self._workers.aclose()
+
+    def blame(self, error: BaseException, path: Path) -> bool:
+        """Note on an error the innermost node it came from; say whether this was the first to note it."""
+        if id(error) in self.blamed:
+            return False
+        self.blamed[id(error)] = error, path
+        note = f"in node {path[-1]!r} at {format_path(path)}"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        return True
+
+    def forgive(self, error: BaseException, otherwise: Path) -> Path:
+        """Return where an error began, and forget it: someone has taken it."""
+        return self.blamed.pop(id(error), (error, otherwise))[1]
+
+
+class Scope:
+    """One pipeline within a run: its place, its engine, and the limits that hold in it."""
+
+    __slots__ = ("backend", "emit", "engine", "limits", "path", "plan", "run", "timeout")
+
+    def __init__(
+        self,
+        run: Run,
+        plan: ExecutionPlan,
+        path: Path,
+        engine: PipelineExecutionEngine,
+        backend: Any,
+        limits: Mapping[str, Bound],
+    ) -> None:
+        self.run = run
+        self.plan = plan
+        self.path = path
+        self.engine = engine
+        self.backend = backend
+        self.emit = run.emit
+        settings = plan.settings
+        self.limits = {**limits, **_bounds(settings.limits)} if settings.limits else limits
+        # An inherited timeout is kept by the pipeline that set it: it encloses this one.
+        self.timeout: float | None = None if settings.timeout is INHERIT else settings.timeout
+
+    def at(self, index: int | None) -> Path:
+        """Return the path of this pipeline, or of one of its items."""
+        return self.path if index is None else (*self.path, index)
+
+    def inside(self, plan: ExecutionPlan, path: Path) -> Scope:
+        """Return the scope of a nested pipeline."""
+        return Scope(self.run, plan, path, self.engine, self.backend, self.limits)
+
+    def wants(self, kind: type) -> bool:
+        """Say whether anyone listens for a kind of event."""
+        return self.emit is not None and kind in self.emit.kinds
+
+
+def _bounds(limits: Mapping[str, Any]) -> dict[str, Bound]:
+    return {
+        name: anyio.Semaphore(value, fast_acquire=True) if isinstance(value, int) else value
+        for name, value in limits.items()
+    }
+
+
+@contextlib.asynccontextmanager
+async def held(bounds: Iterable[Bound]) -> AsyncIterator[None]:
+    """Hold one token of each bound; only ever around a user's function."""
+    taken: list[Callable[[], None]] = []
+    try:
+        for bound in bounds:
+            if isinstance(bound, anyio.CapacityLimiter):
+                # A borrower of our own: the task may hold the user's limiter already.
+                borrower = object()
+                await bound.acquire_on_behalf_of(borrower)
+                taken.append(lambda bound=bound, borrower=borrower: bound.release_on_behalf_of(borrower))  # type: ignore[misc]
+            else:
+                await bound.acquire()
+                taken.append(bound.release)
+        yield
+    finally:
+        for release in reversed(taken):
+            release()
+
+
+def cpu_count() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

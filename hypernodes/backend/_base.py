@@ -1,0 +1,34 @@
+"""The seam between what is run and where: one abstract base class."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from hypernodes._bridge import run_sync
+from hypernodes._run import Job, Sink
+from hypernodes.events import Emit
+
+
+class Backend(ABC):
+    """A place where pipelines run.
+
+    A subclass says how a :class:`Job` gets there and its results back, in async form; the sync twins come
+    with it. How the job is executed once there is the engine's matter.
+    """
+
+    @abstractmethod
+    async def arun(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:
+        """Run a job once and return the wanted outputs by name; send events to ``emit``."""
+
+    @abstractmethod
+    async def amap(self, job: Job, sink: Sink, emit: Emit | None = None) -> None:
+        """Run a job for each row of its feed, hand results to ``sink`` as items finish."""
+
+    def run(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:
+        """Run a job from sync code."""
+        return run_sync(lambda: self.arun(job, emit))
+
+    def map(self, job: Job, sink: Sink, emit: Emit | None = None) -> None:
+        """Run a mapped job from sync code."""
+        run_sync(lambda: self.amap(job, sink, emit))
