@@ -6,6 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -48,7 +49,7 @@ async def _attempt(scope: Scope, step: BoundCall, values: list[Any], index: int 
         return await _in_time(scope, step, values, index)
     bounds = []
     if node.max_concurrency is not None:
-        bounds.append(scope.run.node_bound(node, node.max_concurrency))
+        bounds.append(scope.run.bound(node, node.max_concurrency))
     if node.limit is not None:
         bounds.append(scope.limits[node.limit])
     async with held(bounds):
@@ -77,11 +78,8 @@ async def _placed(scope: Scope, step: BoundCall, values: list[Any], index: int |
             return await _collect_async(scope, step, step.func(*arguments, **keywords), index)
     if step.place == "process":
         path = (*scope.at(index), step.name)
-        pieces = await scope.run.workers(scope.engine.max_workers).call(step, arguments, keywords, path)
-        if step.node.kind == "generator":
-            for piece in pieces:
-                _tell_chunk(scope, step, index, piece)
-        return pieces
+        workers = scope.run.workers(scope.engine.max_workers)
+        return await workers.call(step, arguments, keywords, path, partial(_tell_chunk, scope, step, index))
     if step.node.kind == "generator":
         return await _collect(scope, step, arguments, keywords, index)
     if step.cost.inline:

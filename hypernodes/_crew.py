@@ -50,6 +50,10 @@ class Crew:
             self._failure = error
         self._group.cancel_scope.cancel()
 
+    def stop(self) -> None:
+        """Stop everyone else; there is nothing to raise."""
+        self._group.cancel_scope.cancel()
+
     async def _member(self, work: Callable[[Crew], Awaitable[None]]) -> None:
         try:
             await work(self)

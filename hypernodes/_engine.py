@@ -20,7 +20,7 @@ from hypernodes._cost import CHEAP_S
 from hypernodes._crew import Crew
 from hypernodes._feed import Feed, ListFeed
 from hypernodes._frontier import Frontier
-from hypernodes._map_run import Columns, MapRun
+from hypernodes._map_run import Columns, MapRun, RunItem
 from hypernodes._mapping import MapSpec, listed_rows
 from hypernodes._node import checked_count
 from hypernodes._plan import INHERIT
@@ -149,11 +149,10 @@ async def _run_map(
     began = perf_counter()
     try:
         if engine.map_execution == "parallel":
-            await run.workers(engine.max_workers).map(scope, program, template, spec, feed, sink)
+            await run.workers(engine.max_workers).map(scope, program, inputs, spec, feed, total, sink)
         else:
-            plain = scope.emit is None and scope.timeout is None
-            run_item = run_steps if plain else _run_item
-            await MapRun(scope, program, template, spec, feed, sink, run_item).run()
+            limit = engine.items_at_once(spec)
+            await MapRun(scope, program, template, spec, feed, sink, item_runner(scope), limit=limit).run()
     except BaseException as error:
         if ev.PipelineFailed in emit.kinds:
             emit(ev.PipelineFailed(run.run_id, path, time.time(), error))
@@ -163,6 +162,11 @@ async def _run_map(
         emit(ev.MapFinished(run.run_id, path, time.time(), duration))
     if ev.PipelineFinished in emit.kinds:
         emit(ev.PipelineFinished(run.run_id, path, time.time(), sink.collected(), duration))
+
+
+def item_runner(scope: Scope) -> RunItem:
+    """Return how one item of a map runs: with its events and timeout, where there are any."""
+    return run_steps if scope.emit is None and scope.timeout is None else _run_item
 
 
 async def _run_item(

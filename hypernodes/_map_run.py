@@ -95,21 +95,23 @@ class MapRun:
         feed: Feed,
         sink: Sink,
         run_item: RunItem,
+        *,
+        limit: int,
+        first: int = 0,
     ) -> None:
-        engine = scope.engine
         self._scope = scope
         self._program = program
         self._template = template
         self._spec = spec
         self._feed = feed
         self._sink = sink
-        self._limit = engine.items_at_once(spec)
+        self._limit = limit
         self._run_item = run_item
         self._slots = tuple(program.slots[name] for name in spec.over)
         self._failures = Failures(scope, spec, sink)
         self._quick = not feed.waits and not sink.bounded
         self._active = 1
-        self._taken = 0
+        self._taken = first
         self._taking = False
         self._starting = False
         self._crew: Crew

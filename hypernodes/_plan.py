@@ -124,6 +124,12 @@ class ExecutionPlan:
     programs: dict[Any, Program] = field(default_factory=dict, repr=False)
     """Derived from the rest, kept because it is asked for at every run."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What only the caller's process can use stays there: callbacks, the user's own limiters, derived data.
+        limits = {name: value if isinstance(value, int) else 1 for name, value in self.settings.limits.items()}
+        settings = replace(self.settings, callbacks=INHERIT, limits=limits)
+        return compile_plan, (self.name, self.steps, settings, self.constants)
+
     @property
     def required(self) -> list[str]:
         return [name for name, default in self.inputs.items() if default is REQUIRED]

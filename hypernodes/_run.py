@@ -29,6 +29,8 @@ DEFAULT_THREADS = 64
 _default_threads: RunVar[anyio.CapacityLimiter] = RunVar("hypernodes_threads")
 
 Bound = anyio.Semaphore | anyio.CapacityLimiter
+BoundKey = Node[..., Any] | tuple[ExecutionPlan, str] | str
+"""A node with ``max_concurrency``, a plan and the name of a limit that it sets, or a limit set further out."""
 Mode = Literal["sequential", "async", "threaded", "parallel"]
 
 
@@ -86,12 +88,26 @@ class Job:
 class Workers(Protocol):
     """Worker processes, started when first needed."""
 
-    async def call(self, step: BoundCall, arguments: tuple[Any, ...], keywords: dict[str, Any], path: Path) -> Any:
-        """Call one function in a worker process."""
+    async def call(
+        self,
+        step: BoundCall,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        path: Path,
+        tell: Callable[[Any], None],
+    ) -> Any:
+        """Call one function in a worker process; pieces of a generator are told as they come."""
         ...
 
     async def map(
-        self, scope: Scope, program: Program, template: list[Any], spec: MapSpec, feed: Feed, sink: Sink
+        self,
+        scope: Scope,
+        program: Program,
+        inputs: Mapping[str, Any],
+        spec: MapSpec,
+        feed: Feed,
+        total: int | None,
+        sink: Sink,
     ) -> None:
         """Run a map's items in chunks in worker processes."""
         ...
@@ -107,7 +123,7 @@ StartWorkers = Callable[[int | None], tuple[Workers, bool]]
 class Run:
     """What the parts of one run share."""
 
-    __slots__ = ("_node_bounds", "_owns_workers", "_start_workers", "_threads", "_workers", "blamed", "emit", "run_id", "yield_at")
+    __slots__ = ("_bounds", "_owns_workers", "_start_workers", "_threads", "_workers", "blamed", "emit", "run_id", "yield_at")
 
     def __init__(self, run_id: str, emit: Emit | None, start_workers: StartWorkers | None) -> None:
         self.run_id = run_id
@@ -115,7 +131,7 @@ class Run:
         self.blamed: dict[int, tuple[BaseException, Path]] = {}
         """Errors on their way out, by identity, with the path of the node where each began."""
         self.yield_at = time.perf_counter() + SLICE_S
-        self._node_bounds: dict[Node[..., Any], anyio.Semaphore] = {}
+        self._bounds: dict[BoundKey, Bound] = {}
         self._threads: dict[int, anyio.CapacityLimiter] = {}
         self._start_workers = start_workers
         self._workers: Workers | None = None
@@ -126,11 +142,12 @@ class Run:
         await checkpoint()
         self.yield_at = time.perf_counter() + SLICE_S
 
-    def node_bound(self, node: Node[..., Any], count: int) -> Bound:
-        """Return the bound that all calls of a node in this run share."""
-        bound = self._node_bounds.get(node)
+    def bound(self, key: BoundKey, value: int | anyio.CapacityLimiter) -> Bound:
+        """Return the bound that every use of a key in this run shares."""
+        bound = self._bounds.get(key)
         if bound is None:
-            bound = self._node_bounds[node] = anyio.Semaphore(count, fast_acquire=True)
+            bound = anyio.Semaphore(value, fast_acquire=True) if isinstance(value, int) else value
+            self._bounds[key] = bound
         return bound
 
     def threads(self, max_workers: int | None) -> anyio.CapacityLimiter:
@@ -166,10 +183,15 @@ class Run:
         if id(error) in self.blamed:
             return False
         self.blamed[id(error)] = error, path
-        note = f"in node {path[-1]!r} at {format_path(path)}"
+        kind = "node" if isinstance(path[-1], str) else "item"
+        note = f"in {kind} {path[-1]!r} at {format_path(path)}"
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
         return True
+
+    def remember(self, error: BaseException, path: Path) -> None:
+        """Note where an error began that has its note already."""
+        self.blamed[id(error)] = error, path
 
     def forgive(self, error: BaseException, otherwise: Path) -> Path:
         """Return where an error began, and forget it: someone has taken it."""
@@ -197,7 +219,10 @@ class Scope:
         self.backend = backend
         self.emit = run.emit
         settings = plan.settings
-        self.limits = {**limits, **_bounds(settings.limits)} if settings.limits else limits
+        self.limits = limits
+        if settings.limits:
+            own = {name: run.bound((plan, name), value) for name, value in settings.limits.items()}
+            self.limits = {**limits, **own}
         # An inherited timeout is kept by the pipeline that set it: it encloses this one.
         self.timeout: float | None = None if settings.timeout is INHERIT else settings.timeout
 
@@ -212,13 +237,6 @@ class Scope:
     def wants(self, kind: type) -> bool:
         """Say whether anyone listens for a kind of event."""
         return self.emit is not None and kind in self.emit.kinds
-
-
-def _bounds(limits: Mapping[str, Any]) -> dict[str, Bound]:
-    return {
-        name: anyio.Semaphore(value, fast_acquire=True) if isinstance(value, int) else value
-        for name, value in limits.items()
-    }
 
 
 @contextlib.asynccontextmanager

@@ -1,3 +1,233 @@
+"""Worker processes on this machine: started when needed, killed when in doubt, none left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import anyio
+import anyio.abc
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+from hypernodes._feed import Feed
+from hypernodes._mapping import MapSpec, Path
+from hypernodes._program import BoundCall, Program
+from hypernodes._run import Scope, Sink, cpu_count
+from hypernodes.backend._chunks import ChunkedMap, WorkerDied, describe_end
+from hypernodes.backend._wire import COUNT, LENGTH, Parts, dumps, frame, load_error, loads, packed_checked
+from hypernodes.errors import ExecutionError, WorkerCrashedError
+from hypernodes.events import format_path
+
+BOARD_SIZE = 1 << 16
+_START = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from hypernodes.backend._worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
+
+
+class WorkerProcess:
+    """One worker, from the parent's side."""
+
+    def __init__(
+        self, process: anyio.abc.Process, stream: anyio.abc.UNIXSocketStream, board: mmap.mmap
+    ) -> None:
+        self.board = board
+        """One byte for each item of the chunk it runs: 0 waiting, 1 started, 2 done."""
+        self._process = process
+        self._stream = stream
+        self._received = BufferedByteReceiveStream(stream)
+        self._sending = anyio.Lock()
+        self._status: int | None = None
+        self.funcs: dict[int, Any] = {}
+        """Functions that it has been sent, by number; kept so that a number is never used twice."""
+
+    @classmethod
+    async def start(cls) -> WorkerProcess:
+        """Start a worker in a session of its own, so that it can be killed with all that it starts."""
+        if os.name != "posix":
+            raise ExecutionError(
+                "worker processes need a POSIX system (Linux or macOS): "
+                'use node_execution and map_execution "async" or "threaded"'
+            )
+        ours, theirs = socket.socketpair()
+        with theirs, tempfile.TemporaryFile() as file:
+            file.truncate(BOARD_SIZE)
+            board = mmap.mmap(file.fileno(), BOARD_SIZE)
+            fds = (theirs.fileno(), file.fileno())
+            flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+            command = [sys.executable, *flags, "-c", _START, json.dumps(sys.path), *map(str, fds)]
+            try:
+                process = await anyio.open_process(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=None,
+                    stderr=None,
+                    pass_fds=fds,
+                    start_new_session=True,
+                )
+            except BaseException:
+                ours.close()
+                board.close()
+                raise
+        try:
+            stream = await anyio.abc.UNIXSocketStream.from_socket(ours)
+        except BaseException:
+            ours.close()
+            board.close()
+            with anyio.CancelScope(shield=True):
+                _kill(process.pid)
+                await process.wait()
+                await process.aclose()
+            raise
+        return cls(process, stream, board)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def send(self, *message: Any) -> None:
+        """Write one frame.
+
+        Raises:
+            WorkerDied: the process is gone.
+        """
+        pieces = frame(dumps(message))
+        try:
+            async with self._sending:
+                for piece in pieces:
+                    await self._stream.send(piece)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise WorkerDied from error
+
+    async def receive(self) -> Any:
+        """Read one message.
+
+        Raises:
+            WorkerDied: the process is gone.
+        """
+        try:
+            (count,) = COUNT.unpack(await self._received.receive_exactly(COUNT.size))
+            lengths = [LENGTH.unpack(await self._received.receive_exactly(LENGTH.size))[0] for _ in range(count)]
+            parts: Parts = [bytearray(await self._received.receive_exactly(length)) for length in lengths]
+        except (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError) as error:
+            raise WorkerDied from error
+        return loads(parts)
+
+    async def aclose(self) -> int:
+        """Kill it with all that it has started; return its exit status, negative for a signal."""
+        with anyio.CancelScope(shield=True):
+            if self._status is None:
+                _kill(self._process.pid)
+                self._status = await self._process.wait()
+                await self._process.aclose()
+                await self._stream.aclose()
+                self.board.close()
+            return self._status
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 class WorkerPool:
-    def __init__(self, n): ...
-    async def aclose(self): ...
+    """Up to ``max_workers`` worker processes of one event loop; None for one per CPU."""
+
+    def __init__(self, max_workers: int | None) -> None:
+        self.size = max_workers or cpu_count()
+        self._tokens = anyio.Semaphore(self.size, fast_acquire=True)
+        self._idle: list[WorkerProcess] = []
+        self._numbers: weakref.WeakKeyDictionary[Any, tuple[int, list[Any]]] = weakref.WeakKeyDictionary()
+        self._numbered = 0
+
+    @contextlib.asynccontextmanager
+    async def worker(self) -> AsyncIterator[WorkerProcess]:
+        """Lend a worker; one whose block ends with an error or a cancellation is killed."""
+        await self._tokens.acquire()
+        try:
+            worker = self._idle.pop() if self._idle else await WorkerProcess.start()
+            try:
+                yield worker
+            except BaseException:
+                await worker.aclose()
+                raise
+            self._idle.append(worker)
+        finally:
+            self._tokens.release()
+
+    async def call(
+        self,
+        step: BoundCall,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        path: Path,
+        tell: Callable[[Any], None],
+    ) -> Any:
+        """Call one function in a worker.
+
+        Raises:
+            SerializationError: the function or an argument cannot be pickled.
+            WorkerCrashedError: the worker died; the next call gets a new one.
+        """
+        number, func = self._func(step)
+        named = dict(zip((name for name, _ in step.parameters), (*arguments, *keywords.values()), strict=True))
+        sent = packed_checked((arguments, keywords), named, f"the inputs of node {step.name!r}")
+        is_generator = step.node.kind == "generator"
+        pieces: list[Any] = []
+        async with self.worker() as worker:
+            known = number in worker.funcs
+            try:
+                await worker.send("call", number, None if known else func, sent)
+                worker.funcs[number] = step.node
+                while True:
+                    kind, value = await worker.receive()
+                    if kind != "piece":
+                        break
+                    pieces.append(value)
+                    tell(value)
+            except WorkerDied:
+                status = await worker.aclose()
+                raise WorkerCrashedError(
+                    f"the worker process (pid {worker.pid}) that ran node {step.name!r} at {format_path(path)} "
+                    f"{describe_end(status)}"
+                ) from None
+        if kind == "raised":
+            raise load_error(value, lambda error, path: None)
+        return pieces if is_generator else value
+
+    async def map(
+        self,
+        scope: Scope,
+        program: Program,
+        inputs: Mapping[str, Any],
+        spec: MapSpec,
+        feed: Feed,
+        total: int | None,
+        sink: Sink,
+    ) -> None:
+        """Run a map's items in chunks, as many workers at once as there are."""
+        await ChunkedMap(self, scope, program, inputs, spec, feed, total, sink).run()
+
+    def _func(self, step: BoundCall) -> tuple[int, list[Any]]:
+        known = self._numbers.get(step.node)
+        if known is None:
+            self._numbered += 1
+            what = f"the function of node {step.name!r}"
+            known = self._numbered, packed_checked(step.func, {step.name: step.func}, what)
+            self._numbers[step.node] = known
+        return known
+
+    async def aclose(self) -> None:
+        """Stop every idle worker; those in use are stopped by who uses them."""
+        while self._idle:
+            await self._idle.pop().aclose()

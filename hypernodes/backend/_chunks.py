@@ -1,0 +1,348 @@
+"""A map in chunks of items over worker processes: sizes by measured time, dead workers, and who was guilty."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from hypernodes._crew import Crew
+from hypernodes._feed import END, Feed
+from hypernodes._map_run import Failures
+from hypernodes._mapping import MapSpec
+from hypernodes._plan import ExecutionPlan, PlanStep
+from hypernodes._program import BoundPlan, Program
+from hypernodes._run import Bound, BoundKey, Mode, Scope, Sink, held
+from hypernodes.backend._wire import Travelling, load_error, packed_checked
+from hypernodes.errors import WorkerCrashedError
+from hypernodes.events import Event, format_path
+
+if TYPE_CHECKING:
+    from hypernodes.backend._process import WorkerPool, WorkerProcess
+
+TARGET_S = 0.1
+"""Seconds that a chunk should take: long against the 0.3 ms it costs to send, short against a wait."""
+_GROWTH = 4
+MOST_ITEMS = 1 << 14
+SLOW_ROW_S = 0.005
+STARTED, DONE = 1, 2
+"""What the worker's board says of an item of its chunk."""
+_MOST_STILLBIRTHS = 3
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Rows on their way to a worker, with how often this one item has killed one."""
+
+    first: int
+    rows: list[tuple[Any, ...]]
+    crashes: int = 0
+    done: set[int] = field(default_factory=set)
+    """Items whose results or failures have arrived."""
+
+
+class WorkerDied(Exception):  # noqa: N818 - never leaves this package
+    """The worker's process ended while it was in use."""
+
+
+class ChunkedMap:
+    """The items of one map, run by worker processes."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        scope: Scope,
+        program: Program,
+        inputs: Mapping[str, Any],
+        spec: MapSpec,
+        feed: Feed,
+        total: int | None,
+        sink: Sink,
+    ) -> None:
+        self._pool = pool
+        self.scope = scope
+        self._spec = spec
+        self._feed = feed
+        self._total = total
+        self._sink = sink
+        self._failures = Failures(scope, spec, sink)
+        self._attempts = _crash_attempts(program)
+        self._taken = 0
+        self._taking = anyio.Lock()
+        self._redo: deque[Chunk] = deque()
+        self._exhausted = False
+        self._stillbirths = 0
+        items_at_once = scope.engine.items_at_once(spec)
+        lanes = min(pool.size, spec.max_concurrency or pool.size, total if total is not None else pool.size)
+        self._lanes = max(1, lanes)
+        self._limit = max(1, items_at_once // self._lanes)
+        self._least = self._limit if _waits(program) else 1
+        self._size = self._least
+        self._inputs = inputs
+        self._wanted = tuple(name for name, _ in program.outputs)
+        self._plan = program.plan
+        bounds = _bounds(program.plan, scope)
+        self._keys = list(bounds)
+        self.bounds = list(bounds.values())
+        """Bounds that workers ask for, by number."""
+        self.described: list[Any] = []
+        """What a worker needs to know before its first chunk, pickled once."""
+
+    async def run(self) -> None:
+        """Run every item."""
+        if self._total == 0:
+            return
+        self.described = self._describe()
+        await Crew.run(self._manage)
+
+    async def _manage(self, crew: Crew) -> None:
+        for _ in range(self._lanes - 1):
+            crew.start(self._lane)
+        await self._lane(crew)
+
+    def _describe(self) -> list[Any]:
+        scope = self.scope
+        limits = {name: self._keys.index(name) for name in scope.limits}
+        description = {
+            "plan": self._plan,
+            "spec": replace(self._spec, max_failures=None),
+            "inputs": self._inputs,
+            "path": scope.path,
+            "kinds": scope.emit.kinds if scope.emit is not None else frozenset(),
+            "engine": replace(scope.engine, node_execution=_inner(scope.engine.node_execution), map_execution="async"),
+            "keys": self._keys,
+            "limits": limits,
+            "wanted": self._wanted,
+            "run_id": scope.run.run_id,
+            "limit": self._limit,
+        }
+        named = {f"inputs[{name!r}]": value for name, value in self._inputs.items()}
+        named |= {step.name: step for step in self._plan.steps}
+        return packed_checked(description, named, self._plan.label)
+
+    def packed_rows(self, chunk: Chunk) -> list[Any]:
+        """Return a chunk's rows, pickled."""
+        named = {
+            f"{name}[{chunk.first + position}]": value
+            for position, row in enumerate(chunk.rows)
+            for name, value in zip(self._spec.over, row, strict=True)
+        }
+        return packed_checked(chunk.rows, named, f"an item of {self._plan.label}")
+
+    async def _lane(self, crew: Crew) -> None:
+        """Give chunks to one worker after another, until there is nothing left to do."""
+        while (chunk := await self._next_chunk()) is not None:
+            with contextlib.suppress(WorkerDied):
+                async with self._pool.worker() as worker:
+                    await _Lane(self, worker, chunk).run()
+
+    async def _next_chunk(self) -> Chunk | None:
+        if self._redo:
+            return self._redo.popleft()
+        async with self._taking:
+            if self._redo:
+                return self._redo.popleft()
+            chunk = Chunk(self._taken, [])
+            size = self._next_size()
+            while len(chunk.rows) < size and not self._exhausted:
+                if self._sink.bounded and self._sink.full(self._taken):
+                    if chunk.rows:
+                        break
+                    await self._sink.room()
+                    continue
+                began = time.monotonic()
+                row = await self._feed.pull() if self._feed.waits else self._feed.next()
+                if row is END:
+                    self._exhausted = True
+                    break
+                chunk.rows.append(row)
+                self._taken += 1
+                if time.monotonic() - began > SLOW_ROW_S:
+                    # A slow source should not keep the rows there are from running.
+                    break
+            return chunk if chunk.rows else None
+
+    def _next_size(self) -> int:
+        if self._total is None:
+            return self._size
+        # Towards the end chunks get smaller, so that workers finish together.
+        remaining = self._total - self._taken
+        share = remaining / (self._lanes if self._least > 1 else 2 * self._lanes)
+        return max(1, min(self._size, math.ceil(share)))
+
+    def measured(self, items: int, seconds: float) -> None:
+        """Note how long a chunk took; the next ones should take TARGET_S."""
+        self._stillbirths = 0
+        wanted = int(TARGET_S * items / max(seconds, 1e-9))
+        self._size = max(self._least, min(wanted, self._size * _GROWTH, MOST_ITEMS))
+
+    def results(self, chunk: Chunk, items: list[Any], events: list[Event]) -> None:
+        """Take what a worker has finished."""
+        emit = self.scope.emit
+        for event in events:
+            if emit is not None:
+                emit(event)
+        for index, outputs, error in items:
+            chunk.done.add(index)
+            if error is None:
+                self._sink.deliver(index, outputs)
+            else:
+                self.failed(chunk, index, self.rebuilt(error))
+
+    def failed(self, chunk: Chunk, index: int, error: BaseException) -> None:
+        """Hand an item's failure to the sink, or raise it."""
+        if not isinstance(error, Exception):
+            raise error
+        row = chunk.rows[index - chunk.first]
+        self._failures.take(index, dict(zip(self._spec.over, row, strict=True)), error)
+
+    def rebuilt(self, error: Travelling) -> BaseException:
+        """Return an error that a worker sent."""
+        return load_error(error, self.scope.run.remember)
+
+    def crashed(self, chunk: Chunk, board: bytes, pid: int, status: int) -> None:
+        """Find out which item killed a worker; what it has not done goes to other workers."""
+        left = [index for index in range(chunk.first, chunk.first + len(chunk.rows)) if index not in chunk.done]
+        started = [index for index in left if board[index - chunk.first] == STARTED]
+        self._redo.extend(
+            Chunk(index, [chunk.rows[index - chunk.first]], chunk.crashes) for index in left if index not in started
+        )
+        if not started:
+            self._stillbirths += 1
+            if self._stillbirths >= _MOST_STILLBIRTHS:
+                raise WorkerCrashedError(
+                    f"worker processes of {self.scope.plan.label} end before they run an item; "
+                    f"the last one (pid {pid}) {describe_end(status)}"
+                )
+        elif len(started) > 1:
+            # Several ran side by side: each one alone will show which it was.
+            self._redo.extend(Chunk(index, [chunk.rows[index - chunk.first]], chunk.crashes) for index in started)
+        elif chunk.crashes + 1 < self._attempts:
+            index = started[0]
+            self._redo.append(Chunk(index, [chunk.rows[index - chunk.first]], chunk.crashes + 1))
+        else:
+            index = started[0]
+            path = self.scope.at(index)
+            error = WorkerCrashedError(
+                f"the worker process (pid {pid}) that ran item {index} ({format_path(path)}) {describe_end(status)}"
+            )
+            self.scope.run.blame(error, path)
+            self.failed(chunk, index, error)
+
+    async def next_chunk(self) -> Chunk | None:
+        """Return the next rows to run; None when there are none left."""
+        return await self._next_chunk()
+
+
+class _Lane:
+    """One worker with the chunks that it is given, one at a time."""
+
+    def __init__(self, chunked: ChunkedMap, worker: WorkerProcess, chunk: Chunk) -> None:
+        self._map = chunked
+        self._worker = worker
+        self._chunk: Chunk | None = chunk
+        self._held: dict[int, deque[anyio.Event]] = {}
+
+    async def run(self) -> None:
+        await Crew.run(self._serve)
+
+    async def _serve(self, crew: Crew) -> None:
+        worker, chunked = self._worker, self._map
+        try:
+            await worker.send("map", chunked.described)
+            kind, *message = await worker.receive()
+            if kind == "raised":
+                raise chunked.rebuilt(message[0])
+            while self._chunk is not None:
+                await self._run_chunk(crew, self._chunk)
+                self._chunk = await chunked.next_chunk()
+        except WorkerDied:
+            assert self._chunk is not None
+            board = bytes(worker.board[: len(self._chunk.rows)])
+            status = await worker.aclose()
+            chunked.crashed(self._chunk, board, worker.pid, status)
+            raise
+        finally:
+            crew.stop()
+
+    async def _run_chunk(self, crew: Crew, chunk: Chunk) -> None:
+        worker, chunked = self._worker, self._map
+        worker.board[: len(chunk.rows)] = bytes(len(chunk.rows))
+        await worker.send("chunk", chunk.first, chunked.packed_rows(chunk))
+        while True:
+            kind, *message = await worker.receive()
+            match kind:
+                case "results":
+                    chunked.results(chunk, *message)
+                case "acquire":
+                    crew.start(partial(self._hold, message[0]))
+                case "release":
+                    self._held[message[0]].popleft().set()
+                case "done":
+                    seconds, error = message
+                    if error is not None:
+                        raise chunked.rebuilt(error)
+                    chunked.measured(len(chunk.rows), seconds)
+                    return
+
+    async def _hold(self, number: int, crew: Crew) -> None:
+        """Hold a token for the worker until it gives it back."""
+        released = anyio.Event()
+        async with held([self._map.bounds[number]]):
+            self._held.setdefault(number, deque()).append(released)
+            await self._worker.send("granted", number)
+            await released.wait()
+
+
+def _inner(mode: Mode) -> Mode:
+    """Return how nodes run inside a worker: it is a process of its own already."""
+    return "async" if mode == "parallel" else mode
+
+
+def _waits(program: Program) -> bool:
+    """Say whether items may wait, so that several should run side by side in one worker."""
+    return any(
+        _waits(step.program) if isinstance(step, BoundPlan) else step.node.kind in ("async", "async_generator")
+        for step in program.steps
+    )
+
+
+def _crash_attempts(program: Program) -> int:
+    """Return how often an item may be tried whose worker dies: as its nodes' retry policies allow."""
+    most = 1
+    for step in program.steps:
+        if isinstance(step, BoundPlan):
+            most = max(most, _crash_attempts(step.program))
+        elif step.node.retry is not None and any(issubclass(WorkerCrashedError, kind) for kind in step.node.retry.on):
+            most = max(most, step.node.retry.attempts)
+    return most
+
+
+def _bounds(plan: ExecutionPlan, scope: Scope) -> dict[BoundKey, Bound]:
+    """Return every bound that a plan's nodes may hold, by what both processes know it by."""
+    bounds: dict[BoundKey, Bound] = dict(scope.limits)
+    for step in plan.steps:
+        if isinstance(step, PlanStep):
+            bounds |= _bounds(step.plan, scope)
+        elif step.node.max_concurrency is not None:
+            bounds[step.node] = scope.run.bound(step.node, step.node.max_concurrency)
+    for name, value in plan.settings.limits.items():
+        bounds[plan, name] = scope.run.bound((plan, name), value)
+    return bounds
+
+
+def describe_end(status: int) -> str:
+    """Say how a process ended."""
+    if status >= 0:
+        return f"exited with status {status} before it was done"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"

@@ -1,0 +1,145 @@
+"""What crosses to another process: frames of pickled values, with large buffers beside the pickle.
+
+Both ends are this library on the two ends of one socket pair, so what is unpickled is what we wrote.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import traceback
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from hypernodes._mapping import Path
+from hypernodes._node import Node
+from hypernodes.errors import RemoteExecutionError, SerializationError
+
+Parts = list[Any]
+"""A pickle and the buffers beside it, each bytes-like."""
+COUNT = struct.Struct("!I")
+LENGTH = struct.Struct("!Q")
+_DEEPEST = 8
+
+
+def dumps(value: Any) -> Parts:
+    """Pickle a value, closures and notebook classes included; large arrays stay where they are."""
+    import cloudpickle
+
+    buffers: list[pickle.PickleBuffer] = []
+    data = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return [data, *(buffer.raw() for buffer in buffers)]
+
+
+def loads(parts: Parts) -> Any:
+    """Return the value that :func:`dumps` pickled."""
+    return pickle.loads(parts[0], buffers=parts[1:])
+
+
+def packed(value: Any) -> list[pickle.PickleBuffer]:
+    """Pickle a value for use inside a message, where it travels as it is."""
+    return [pickle.PickleBuffer(part) for part in dumps(value)]
+
+
+def packed_checked(value: Any, named: dict[str, Any], what: str) -> list[pickle.PickleBuffer]:
+    """Pickle a value that a user gave; ``named`` are its parts as the user knows them.
+
+    Raises:
+        SerializationError: with the path of the object that cannot be pickled, and why.
+    """
+    try:
+        return packed(value)
+    except Exception as error:
+        found = next((found for name, part in named.items() if (found := find_unpicklable(part, name))), None)
+        where, culprit, reason = found or (what, value, error)
+        raise SerializationError(
+            f"{what} cannot be sent to a worker process: {where} is a {type(culprit).__name__} ({reason}). "
+            f"Make it inside the node, or give its class __getstate__/__reduce__"
+        ) from error
+
+
+def find_unpicklable(value: Any, name: str, depth: int = 0) -> tuple[str, Any, Exception] | None:
+    """Return the innermost part of a value that cannot be pickled: its path, itself, and the reason."""
+    try:
+        dumps(value)
+    except Exception as error:
+        if depth < _DEEPEST:
+            for part_name, part in _parts(value, name):
+                found = find_unpicklable(part, part_name, depth + 1)
+                if found is not None:
+                    return found
+        return name, value, error
+    return None
+
+
+def _parts(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from ((f"{name}[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from ((f"{name}[{position}]", part) for position, part in enumerate(value))
+    elif isinstance(value, Node):
+        yield from _parts(value.func, name)
+    elif isinstance(value, FunctionType):
+        for variable, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            yield f"{name}'s closure variable {variable!r}", cell.cell_contents
+        for variable in _global_names(value.__code__):
+            if variable in value.__globals__:
+                yield f"{name}'s global {variable!r}", value.__globals__[variable]
+    else:
+        held = getattr(value, "__self__", None)
+        if held is not None:
+            yield f"{name}.__self__", held
+        for attribute, part in getattr(value, "__dict__", {}).items():
+            yield f"{name}.{attribute}", part
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _global_names(constant)
+
+
+class RemoteTraceback(Exception):  # noqa: N818 - it is shown as the cause of an error, and is none itself
+    """The traceback of an error in the process where it was raised, as text."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+Travelling = tuple[list[Any], str, Path | None]
+"""An error on its way: itself pickled, its traceback as text, and the path of the node where it began."""
+
+
+def dump_error(error: BaseException, path: Path | None) -> Travelling:
+    """Return an error as it travels: itself where it can be rebuilt, its traceback, and where it began."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        parts = packed(error)
+        if not isinstance(loads(parts), BaseException):
+            raise TypeError(f"{type(error).__name__} does not come back as an exception")
+    except Exception:
+        stand_in = RemoteExecutionError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            stand_in.add_note(note)
+        parts = packed(stand_in)
+    return parts, text, path
+
+
+def load_error(travelled: Travelling, remember: Callable[[BaseException, Path], None]) -> BaseException:
+    """Rebuild an error in the caller's process, with the traceback it had as its cause."""
+    parts, text, path = travelled
+    error: BaseException = loads(parts)
+    error.__cause__ = RemoteTraceback(text)
+    if path is not None:
+        remember(error, path)
+    return error
+
+
+def frame(parts: Parts) -> Parts:
+    """Return the pieces to write for one frame."""
+    head = COUNT.pack(len(parts)) + b"".join(LENGTH.pack(memoryview(part).nbytes) for part in parts)
+    if len(parts) == 1 and len(parts[0]) < 65536:
+        return [head + bytes(parts[0])]
+    return [head, *parts]

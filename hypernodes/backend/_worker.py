@@ -1,0 +1,327 @@
+"""The worker process: takes calls and chunks of items from its parent, sends back what they make.
+
+It ends when its parent does: the socket's end of file kills the process and all that it started.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+
+from hypernodes import events as ev
+from hypernodes._engine import PipelineExecutionEngine, item_runner
+from hypernodes._feed import ListFeed
+from hypernodes._map_run import MapRun
+from hypernodes._mapping import ItemFailure, MapSpec, Path, Rows
+from hypernodes._plan import ExecutionPlan
+from hypernodes._program import Places, bind
+from hypernodes._run import Bound, BoundKey, Run, Scope
+from hypernodes.backend._chunks import DONE, STARTED
+from hypernodes.backend._local import LocalBackend
+from hypernodes.backend._process import BOARD_SIZE
+from hypernodes.backend._wire import COUNT, LENGTH, Parts, dump_error, dumps, frame, loads
+from hypernodes.errors import SerializationError
+
+FLUSH_S = 0.05
+"""Results and events are sent when the last ones were sent this many seconds ago."""
+
+
+Finished = tuple[int, tuple[Any, ...] | None, Any]
+"""An item's index, and its outputs or its error as it travels."""
+
+
+class Channel:
+    """The worker's end of the socket: reads in a thread, writes in place."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def receive(self) -> Parts:
+        """Read one frame; the parent's end of file is this process's end."""
+        (count,) = COUNT.unpack(self._exactly(COUNT.size))
+        lengths = [LENGTH.unpack(self._exactly(LENGTH.size))[0] for _ in range(count)]
+        return [self._exactly(length) for length in lengths]
+
+    def _exactly(self, length: int) -> bytearray:
+        data = bytearray(length)
+        view = memoryview(data)
+        while view:
+            try:
+                got = self._connection.recv_into(view)
+            except OSError:
+                got = 0
+            if not got:
+                os.killpg(0, signal.SIGKILL)
+            view = view[got:]
+        return data
+
+    def send(self, *message: Any) -> None:
+        """Write one frame."""
+        self.send_parts(dumps(message))
+
+    def send_parts(self, parts: Parts) -> None:
+        """Write one frame that is pickled already."""
+        for piece in frame(parts):
+            self._connection.sendall(piece)
+
+
+class RemoteBound:
+    """A bound that the parent keeps for all its workers."""
+
+    def __init__(self, channel: Channel, number: int) -> None:
+        self._channel = channel
+        self._number = number
+        self._waiting: list[anyio.Event] = []
+
+    async def acquire(self) -> None:
+        """Ask the parent for a token and wait for it."""
+        granted = anyio.Event()
+        self._waiting.append(granted)
+        self._channel.send("acquire", self._number)
+        await granted.wait()
+
+    def granted(self) -> None:
+        """Wake the one that has waited longest."""
+        self._waiting.pop(0).set()
+
+    def release(self) -> None:
+        """Give a token back."""
+        self._channel.send("release", self._number)
+
+
+class WorkerRun(Run):
+    """The state of a run in a worker: its bounds are the parent's."""
+
+    __slots__ = ("_remote",)
+
+    def __init__(self, run_id: str, emit: ev.Emit | None, remote: Mapping[BoundKey, RemoteBound]) -> None:
+        super().__init__(run_id, emit, LocalBackend()._start_workers)
+        self._remote = remote
+
+    def bound(self, key: BoundKey, value: Any) -> Bound:
+        """Return the parent's bound for a key."""
+        return self._remote[key]  # type: ignore[return-value]
+
+
+class Outbox:
+    """Results and events on their way to the parent, sent in batches by time; a sink and an emit."""
+
+    bounded = False
+
+    def __init__(self, channel: Channel, board: mmap.mmap, wanted: tuple[str, ...], kinds: frozenset[type]) -> None:
+        self._channel = channel
+        self._board = board
+        self._wanted = wanted
+        self.kinds = kinds
+        self.first = 0
+        self._items: list[Finished] = []
+        self._events: list[ev.Event] = []
+        self._sent_at = 0.0
+
+    def __call__(self, event: ev.Event, /) -> None:
+        self._events.append(event)
+        self._send_in_time()
+
+    def full(self, taken: int) -> bool:
+        """Say no: a chunk is bounded by what was put into it."""
+        return False
+
+    async def room(self) -> None:
+        """Return at once."""
+
+    def collected(self) -> Mapping[str, Any]:
+        """Return nothing: results went to the parent."""
+        return {}
+
+    def deliver(self, index: int, outputs: tuple[Any, ...]) -> None:
+        """Take an item's outputs."""
+        self._board[index - self.first] = DONE
+        self._items.append((index, outputs, None))
+        self._send_in_time()
+
+    def fail(self, failure: ItemFailure) -> None:
+        """Take an item's failure."""
+        self._board[failure.index - self.first] = DONE
+        self._items.append((failure.index, None, dump_error(failure.error, failure.path)))
+        self._send_in_time()
+
+    def flush(self) -> None:
+        """Send what there is."""
+        items, self._items = self._items, []
+        events, self._events = self._events, []
+        self._sent_at = time.monotonic()
+        if not items and not events:
+            return
+        try:
+            parts = dumps(("results", items, events))
+        except Exception:  # noqa: BLE001 - find out which one cannot be sent
+            parts = dumps(("results", [self._sendable(item) for item in items], [e for e in events if _sendable(e)]))
+        self._channel.send_parts(parts)
+
+    def _send_in_time(self) -> None:
+        if time.monotonic() - self._sent_at > FLUSH_S:
+            self.flush()
+
+    def _sendable(self, item: Finished) -> Finished:
+        index, outputs, error = item
+        if outputs is None:
+            return item
+        for name, value in zip(self._wanted, outputs, strict=True):
+            try:
+                dumps(value)
+            except Exception as reason:  # noqa: BLE001 - pickling runs the user's code
+                unsendable = SerializationError(
+                    f"output {name!r} of item {index} is a {type(value).__name__} that cannot be sent back "
+                    f"from a worker process ({reason})"
+                )
+                return index, None, dump_error(unsendable, None)
+        return index, outputs, error
+
+
+def _sendable(event: ev.Event) -> bool:
+    try:
+        dumps(event)
+    except Exception:  # noqa: BLE001 - an event about a value that cannot be sent is not sent
+        return False
+    return True
+
+
+class MapHere:
+    """One map of the parent's, as this worker runs chunks of it."""
+
+    def __init__(self, channel: Channel, board: mmap.mmap, parts: Parts) -> None:
+        described: dict[str, Any] = loads(parts)
+        plan: ExecutionPlan = described["plan"]
+        self._spec: MapSpec = described["spec"]
+        inputs: Mapping[str, Any] = described["inputs"]
+        path: Path = described["path"]
+        kinds: frozenset[type] = described["kinds"]
+        engine: PipelineExecutionEngine = described["engine"]
+        keys: list[BoundKey] = described["keys"]
+        self.bounds = [RemoteBound(channel, number) for number in range(len(keys))]
+        remote = dict(zip(keys, self.bounds, strict=True))
+        limits = {name: self.bounds[number] for name, number in described["limits"].items()}
+        given = frozenset(inputs) | set(self._spec.over)
+        self._program = bind(plan, given, described["wanted"], Places("loop", "loop"))
+        self._template = self._program.template.copy()
+        for name, value in inputs.items():
+            self._template[self._program.slots[name]] = value
+        self._board = board
+        self._outbox = Outbox(channel, board, described["wanted"], kinds)
+        run = WorkerRun(described["run_id"], self._outbox if kinds else None, remote)
+        self._scope = Scope(run, plan, path, engine, None, limits)  # type: ignore[arg-type]
+        self._limit: int = described["limit"]
+
+    async def run(self, first: int, rows: list[tuple[Any, ...]]) -> tuple[float, Any]:
+        """Run a chunk; return the seconds it took, and the error that ended it."""
+        self._outbox.first = first
+        runner = item_runner(self._scope)
+
+        async def run_item(scope: Scope, program: Any, values: Any, index: int, window: Any) -> None:
+            self._board[index - first] = STARTED
+            await runner(scope, program, values, index, window)
+
+        feed = ListFeed(Rows(self._spec.over, rows, len(rows)))
+        began = time.perf_counter()
+        error = None
+        try:
+            await MapRun(
+                self._scope, self._program, self._template, self._spec, feed, self._outbox, run_item,
+                limit=self._limit, first=first,
+            ).run()  # fmt: skip
+        except BaseException as raised:  # noqa: BLE001 - it is raised in the parent
+            error = dump_error(raised, self._scope.run.forgive(raised, self._scope.path))
+        seconds = time.perf_counter() - began
+        self._outbox.flush()
+        return seconds, error
+
+    async def aclose(self) -> None:
+        """Stop what its run has started."""
+        await self._scope.run.aclose()
+
+
+class Worker:
+    """Serves the parent's messages, one call or chunk at a time."""
+
+    def __init__(self, channel: Channel, board: mmap.mmap) -> None:
+        self._channel = channel
+        self._board = board
+        self._funcs: dict[int, Any] = {}
+        self._map: MapHere | None = None
+
+    async def serve(self) -> None:
+        """Read messages until the parent goes away."""
+        async with anyio.create_task_group() as group:
+            while True:
+                parts = await anyio.to_thread.run_sync(self._channel.receive, abandon_on_cancel=True)
+                kind, *message = loads(parts)
+                match kind:
+                    case "granted":
+                        assert self._map is not None
+                        self._map.bounds[message[0]].granted()
+                    case "call":
+                        group.start_soon(self._call, *message)
+                    case "map":
+                        group.start_soon(self._open_map, *message)
+                    case "chunk":
+                        group.start_soon(self._chunk, *message)
+
+    async def _call(self, number: int, func: Parts | None, arguments: Parts) -> None:
+        try:
+            if func is not None:
+                self._funcs[number] = loads(func)
+            positional, keywords = loads(arguments)
+            made = self._funcs[number](*positional, **keywords)
+            if hasattr(made, "__await__"):
+                made = await made
+            if hasattr(made, "send") and hasattr(made, "gi_frame"):
+                pieces = []
+                for piece in made:
+                    pieces.append(piece)
+                    self._channel.send("piece", piece)
+                made = None
+            reply = dumps(("returned", made))
+        except BaseException as error:  # noqa: BLE001 - it is raised in the parent
+            reply = dumps(("raised", dump_error(error, None)))
+        self._channel.send_parts(reply)
+
+    async def _open_map(self, parts: Parts) -> None:
+        try:
+            if self._map is not None:
+                await self._map.aclose()
+            self._map = MapHere(self._channel, self._board, parts)
+        except BaseException as error:  # noqa: BLE001 - it is raised in the parent
+            self._channel.send("raised", dump_error(error, None))
+        else:
+            self._channel.send("ready")
+
+    async def _chunk(self, first: int, parts: Parts) -> None:
+        assert self._map is not None
+        try:
+            rows = loads(parts)
+            seconds, error = await self._map.run(first, rows)
+        except BaseException as raised:  # noqa: BLE001 - it is raised in the parent
+            seconds, error = 0.0, dump_error(raised, None)
+        self._channel.send("done", seconds, error)
+
+
+def main(socket_fd: int, board_fd: int) -> None:
+    """Run a worker on the file descriptors that the parent left open for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=socket_fd)
+    connection.setblocking(True)
+    board = mmap.mmap(board_fd, BOARD_SIZE)
+    os.close(board_fd)
+    # What a module prints at import or a function while it runs goes to the user's own streams, at once.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    anyio.run(Worker(Channel(connection), board).serve)
