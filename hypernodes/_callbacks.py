@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,44 +21,48 @@ class CallbackContext:
     parents is right also when branches run at the same time. ``set`` and ``get`` reach one store per run.
     """
 
-    __slots__ = ("_plans", "_values", "hierarchy_path", "run_id")
+    __slots__ = ("_dispatcher", "_place")
 
-    def __init__(
-        self, run_id: str, hierarchy_path: tuple[str, ...], values: dict[str, Any], plans: dict[str, ExecutionPlan]
-    ) -> None:
-        self.run_id = run_id
-        """The same for every event of one run."""
-        self.hierarchy_path = list(hierarchy_path)
-        """The ids of the pipelines around this place, outermost first."""
-        self._values = values
-        self._plans = plans
+    def __init__(self, dispatcher: CallbackDispatcher, place: Path) -> None:
+        self._dispatcher = dispatcher
+        self._place = place
 
     def set(self, key: str, value: Any) -> None:
         """Keep a value for the other callbacks and hooks of this run."""
-        self._values[key] = value
+        self._dispatcher.values[key] = value
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value that a callback of this run has set."""
-        return self._values.get(key, default)
+        return self._dispatcher.values.get(key, default)
+
+    @property
+    def run_id(self) -> str:
+        """The same in every hook of one run."""
+        return self._dispatcher.run_id
 
     @property
     def depth(self) -> int:
         """How many pipelines enclose the current one: 0 in the outermost."""
-        return len(self.hierarchy_path) - 1
+        return len(self._place) - 1
+
+    @property
+    def hierarchy_path(self) -> list[str]:
+        """The ids of the pipelines around this place, outermost first, this one last."""
+        return [ev.format_path(self._place[: end + 1]) for end in range(len(self._place))]
 
     @property
     def current_pipeline_id(self) -> str:
         """The id of the pipeline (or map item) that this hook is about, such as ``"p / encode_all[17]"``."""
-        return self.hierarchy_path[-1]
+        return ev.format_path(self._place)
 
     @property
     def parent_pipeline_id(self) -> str | None:
         """The id of the pipeline around the current one; None for the outermost."""
-        return self.hierarchy_path[-2] if len(self.hierarchy_path) > 1 else None
+        return ev.format_path(self._place[:-1]) if len(self._place) > 1 else None
 
     def get_pipeline_metadata(self, pipeline_id: str) -> dict[str, Any]:
-        """Return ``total_nodes``, ``node_ids`` and ``pipeline_name``; empty for an id this run has not seen."""
-        plan = self._plans.get(pipeline_id)
+        """Return ``total_nodes``, ``node_ids`` and ``pipeline_name``; empty for an id this run does not have."""
+        plan = self._dispatcher.plans.get(_INDEX.sub("", pipeline_id))
         if plan is None:
             return {}
         node_ids = [step.name for step in plan.steps]
@@ -130,38 +135,37 @@ _HOOKS_OF: dict[type, tuple[str, ...]] = {
 }
 _HOOK_NAMES = tuple(name for names in _HOOKS_OF.values() for name in names)
 _IN_A_NODE = frozenset({ev.NodeStarted, ev.NodeFinished, ev.NodeFailed, ev.NodeChunk})
-_AT_THE_END = frozenset({ev.ItemFinished, ev.ItemFailed, ev.PipelineFinished, ev.PipelineFailed})
+_MOST_PLACES = 4096
+_INDEX = re.compile(r"\[\d+\]")
+
+Arguments = tuple[Any, ...]
 
 
-def _call_of(event: Any, ctx: CallbackContext) -> tuple[str, tuple[Any, ...]] | None:
-    """Return the hook that an event stands for, and its arguments."""
-    match event:
-        case ev.NodeStarted():
-            return "on_node_start", (event.path[-1], event.inputs, ctx)
-        case ev.NodeFinished():
-            return "on_node_end", (event.path[-1], event.outputs, event.duration, ctx)
-        case ev.ItemStarted():
-            return "on_map_item_start", (event.index, ctx)
-        case ev.ItemFinished():
-            return "on_map_item_end", (event.index, event.duration, ctx)
-        case ev.NodeChunk():
-            return "on_node_chunk", (event.path[-1], event.chunk, ctx)
-        case ev.NodeFailed():
-            return ("on_error", (event.path[-1], event.error, ctx)) if event.origin else None
-        case ev.MapStarted():
-            return "on_map_start", (event.total_items, ctx)
-        case ev.MapFinished():
-            return "on_map_end", (event.duration, ctx)
-        case ev.PipelineStarted() if ctx.depth:
-            return "on_nested_pipeline_start", (ctx.parent_pipeline_id, ctx.current_pipeline_id, ctx)
-        case ev.PipelineStarted():
-            return "on_pipeline_start", (ctx.current_pipeline_id, event.inputs, ctx)
-        case ev.PipelineFinished() if ctx.depth:
-            ids = (ctx.parent_pipeline_id, ctx.current_pipeline_id)
-            return "on_nested_pipeline_end", (*ids, event.duration, ctx)
-        case ev.PipelineFinished():
-            return "on_pipeline_end", (ctx.current_pipeline_id, event.outputs, event.duration, ctx)
-    return None
+def _pipeline_started(event: ev.PipelineStarted, ctx: CallbackContext) -> tuple[str, Arguments]:
+    if ctx.depth:
+        return "on_nested_pipeline_start", (ctx.parent_pipeline_id, ctx.current_pipeline_id, ctx)
+    return "on_pipeline_start", (ctx.current_pipeline_id, event.inputs, ctx)
+
+
+def _pipeline_finished(event: ev.PipelineFinished, ctx: CallbackContext) -> tuple[str, Arguments]:
+    if ctx.depth:
+        ids = (ctx.parent_pipeline_id, ctx.current_pipeline_id)
+        return "on_nested_pipeline_end", (*ids, event.duration, ctx)
+    return "on_pipeline_end", (ctx.current_pipeline_id, event.outputs, event.duration, ctx)
+
+
+_CALLS: dict[type, Callable[[Any, CallbackContext], tuple[str, Arguments]]] = {
+    ev.PipelineStarted: _pipeline_started,
+    ev.PipelineFinished: _pipeline_finished,
+    ev.NodeStarted: lambda event, ctx: ("on_node_start", (event.path[-1], event.inputs, ctx)),
+    ev.NodeFinished: lambda event, ctx: ("on_node_end", (event.path[-1], event.outputs, event.duration, ctx)),
+    ev.NodeFailed: lambda event, ctx: ("on_error" if event.origin else "", (event.path[-1], event.error, ctx)),
+    ev.NodeChunk: lambda event, ctx: ("on_node_chunk", (event.path[-1], event.chunk, ctx)),
+    ev.MapStarted: lambda event, ctx: ("on_map_start", (event.total_items, ctx)),
+    ev.MapFinished: lambda event, ctx: ("on_map_end", (event.duration, ctx)),
+    ev.ItemStarted: lambda event, ctx: ("on_map_item_start", (event.index, ctx)),
+    ev.ItemFinished: lambda event, ctx: ("on_map_item_end", (event.index, event.duration, ctx)),
+}
 
 
 class CallbackDispatcher:
@@ -172,12 +176,14 @@ class CallbackDispatcher:
     """
 
     def __init__(self, run_id: str, plan: ExecutionPlan, callbacks: Sequence[PipelineCallback]) -> None:
-        self._run_id = run_id
+        self.run_id = run_id
+        self.values: dict[str, Any] = {}
+        """What callbacks have set."""
+        self.plans = {plan.name: plan}
+        """The plans of the pipelines that events have come from, by id without item indices."""
         self._broken: set[int] = set()
-        self._values: dict[str, Any] = {}
-        self._plans: dict[str, ExecutionPlan] = {}
         self._levels = {(): _Level(plan, callbacks)}
-        self._branches: dict[Path, tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]] = {}
+        self._places: dict[Path, tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]] = {}
         everyone = [*callbacks, *_callbacks_below(plan)]
         self.kinds = frozenset(
             kind for kind, names in _HOOKS_OF.items() if any(_hook(each, name) for each in everyone for name in names)
@@ -186,45 +192,32 @@ class CallbackDispatcher:
     def __call__(self, event: ev.Event, /) -> None:
         kind = type(event)
         place = event.path[:-1] if kind in _IN_A_NODE else event.path
-        ctx, hooks = self._branches.get(place) or self._branch(place)
-        if hooks:
-            call = _call_of(event, ctx)
-            if call is not None and call[0] in hooks:
-                self._call(hooks[call[0]], call[1])
-        if kind in _AT_THE_END and any(type(part) is int for part in place):
-            # An item's contexts are needed no longer, and a stream may have no end.
-            del self._branches[place]
-            self._plans.pop(ctx.current_pipeline_id, None)
+        known = self._places.get(place)
+        ctx, hooks = self._place(place) if known is None else known
+        if hooks and kind in _CALLS:
+            name, arguments = _CALLS[kind](event, ctx)
+            for hook, callback in hooks.get(name, ()):
+                if not self._broken or id(callback) not in self._broken:
+                    self._call(hook, callback, arguments)
 
-    def _call(self, hooks: list[tuple[Hook, object]], arguments: tuple[Any, ...]) -> None:
-        for hook, callback in hooks:
-            if self._broken and id(callback) in self._broken:
-                continue
-            try:
-                hook(*arguments)
-            except Exception:
-                self._broken.add(id(callback))
-                logger.exception(
-                    "callback %s raised in %s and is switched off for the rest of this run",
-                    type(callback).__name__,
-                    getattr(hook, "__name__", "a hook"),
-                )
+    def _call(self, hook: Hook, callback: object, arguments: Arguments) -> None:
+        try:
+            hook(*arguments)
+        except Exception:
+            self._broken.add(id(callback))
+            logger.exception(
+                "callback %s raised in %s and is switched off for the rest of this run",
+                type(callback).__name__,
+                getattr(hook, "__name__", "a hook"),
+            )
 
-    def _branch(self, place: Path) -> tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]:
-        """Make the context of a place from that of the place around it."""
-        last = place[-1]
-        if len(place) == 1:
-            around: tuple[str, ...] = ()
-            name = str(last)
-        else:
-            parent, _ = self._branches.get(place[:-1]) or self._branch(place[:-1])
-            around = tuple(parent.hierarchy_path)
-            name = f"{around[-1]}[{last}]" if type(last) is int else f"{around[-1]} / {last}"
+    def _place(self, place: Path) -> tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]:
+        """Return the context of a place and its hooks; both can be made again, so few are kept."""
+        if len(self._places) >= _MOST_PLACES:
+            self._places.clear()
         level = self._level(tuple(part for part in place[1:] if type(part) is not int))
-        self._plans[name] = level.plan
-        ctx = CallbackContext(self._run_id, (*around, name), self._values, self._plans)
-        branch = self._branches[place] = ctx, level.hooks
-        return branch
+        known = self._places[place] = CallbackContext(self, place), level.hooks
+        return known
 
     def _level(self, names: Path) -> _Level:
         """Return the plan at these names, with the callbacks that it has or inherits."""
@@ -234,6 +227,7 @@ class CallbackDispatcher:
             plan = around.plan.child(names[-1:]) or around.plan
             said = plan.settings.callbacks
             level = self._levels[names] = _Level(plan, around.callbacks if said is INHERIT else said)
+            self.plans[ev.format_path((self._levels[()].plan.name, *names))] = plan
         return level
 
 

@@ -209,13 +209,15 @@ async def run_steps(
 ) -> None:
     """Run steps one after another; in a wide program side by side, from the first one that may wait."""
     run = scope.run
-    unwatched = scope.emit is None
+    watched = scope.emit is not None
     in_order = program.linear or scope.engine.node_execution == "sequential"
     done = 0
     before = perf_counter()
     for step in program.steps:
-        if unwatched and step.direct_sync and step.cost.inline:
+        if step.direct_sync and step.cost.inline:
             # The hottest path: a cheap function, called right here.
+            if watched:
+                _tell_started(scope, step, values, index)
             try:
                 if step.arity == 1:
                     result = step.func(values[step.slots[0]])
@@ -228,11 +230,14 @@ async def run_steps(
                 else:
                     unpack(step, values, result)
             except Exception as error:
-                run.blame(error, (*scope.at(index), step.name))
+                _tell_failed(scope, step, index, error)
                 raise
             now = perf_counter()
             if now - before > CHEAP_S:
                 step.cost.doubted(now - before)
+            if watched:
+                _tell_finished(scope, step, values, index, now - before)
+                now = perf_counter()
             before = now
         elif in_order:
             if window is not None and window.hungry:
@@ -279,34 +284,47 @@ async def _side_by_side(
 
 async def _run_step(scope: Scope, step: BoundStep, values: list[Any], index: int | None) -> None:
     """Run one step, with its events, and store what it makes."""
-    emit = scope.emit
-    run = scope.run
-    if emit is None:
+    if scope.emit is None:
         try:
             await _perform(scope, step, values, index)
         except Exception as error:
-            run.blame(error, (*scope.at(index), step.name))
+            scope.run.blame(error, (*scope.at(index), step.name))
             raise
         return
-    path = (*scope.at(index), step.name)
-    kinds = emit.kinds
-    if ev.NodeStarted in kinds:
-        emit(ev.NodeStarted(run.run_id, path, time.time(), step.inputs(values)))
+    _tell_started(scope, step, values, index)
     began = perf_counter()
     try:
         await _perform(scope, step, values, index)
     except Exception as error:
-        origin = run.blame(error, path)
-        if ev.NodeFailed in kinds:
-            emit(ev.NodeFailed(run.run_id, path, time.time(), error, origin))
+        _tell_failed(scope, step, index, error)
         raise
     except BaseException:
-        if ev.NodeCancelled in kinds:
-            emit(ev.NodeCancelled(run.run_id, path, time.time()))
+        if ev.NodeCancelled in scope.emit.kinds:
+            scope.emit(ev.NodeCancelled(scope.run.run_id, (*scope.at(index), step.name), time.time()))
         raise
-    if ev.NodeFinished in kinds:
-        duration = perf_counter() - began
-        emit(ev.NodeFinished(run.run_id, path, time.time(), step.outputs(values), duration))
+    _tell_finished(scope, step, values, index, perf_counter() - began)
+
+
+def _tell_started(scope: Scope, step: BoundStep, values: list[Any], index: int | None) -> None:
+    emit = scope.emit
+    if emit is not None and ev.NodeStarted in emit.kinds:
+        path = (*scope.at(index), step.name)
+        emit(ev.NodeStarted(scope.run.run_id, path, time.time(), step.inputs(values)))
+
+
+def _tell_finished(scope: Scope, step: BoundStep, values: list[Any], index: int | None, seconds: float) -> None:
+    emit = scope.emit
+    if emit is not None and ev.NodeFinished in emit.kinds:
+        path = (*scope.at(index), step.name)
+        emit(ev.NodeFinished(scope.run.run_id, path, time.time(), step.outputs(values), seconds))
+
+
+def _tell_failed(scope: Scope, step: BoundStep, index: int | None, error: Exception) -> None:
+    """Note on an error where it began, and emit its event."""
+    path = (*scope.at(index), step.name)
+    origin = scope.run.blame(error, path)
+    if scope.emit is not None and ev.NodeFailed in scope.emit.kinds:
+        scope.emit(ev.NodeFailed(scope.run.run_id, path, time.time(), error, origin))
 
 
 async def _perform(scope: Scope, step: BoundStep, values: list[Any], index: int | None) -> None:

@@ -113,7 +113,8 @@ class MapRun:
         self._active = 1
         self._taken = first
         self._taking = False
-        self._starting = False
+        self._starting = 0
+        self._burst = 1
         self._crew: Crew
         self.hungry = False
         """Whether a worker that is about to wait should start another one first."""
@@ -123,15 +124,21 @@ class MapRun:
         await Crew.run(self._work)
 
     def grow(self) -> None:
-        """Start another worker."""
+        """Start another worker; each time twice as many as the last, since those before had to wait too."""
+        count = min(self._burst, self._limit - self._active)
         self.hungry = False
-        self._starting = True
-        self._active += 1
-        self._crew.start(self._work)
+        self._burst *= 2
+        self._starting += count
+        self._active += count
+        for _ in range(count):
+            self._crew.start(self._member)
+
+    async def _member(self, crew: Crew) -> None:
+        self._starting -= 1
+        await self._work(crew)
 
     async def _work(self, crew: Crew) -> None:
         self._crew = crew
-        self._starting = False
         run_item, scope, program, template = self._run_item, self._scope, self._program, self._template
         slots, results, deliver = self._slots, program.results, self._sink.deliver
         # While another worker waits for a row, this one is not needed.

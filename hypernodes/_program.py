@@ -65,6 +65,8 @@ class BoundCall:
 
     def outputs(self, values: list[Any]) -> dict[str, Any]:
         """Return what it made, by name."""
+        if self.target >= 0:
+            return {self.node.outputs[0]: values[self.target]}
         return {name: values[slot] for name, slot in zip(self.node.outputs, self.targets, strict=True)}
 
 
