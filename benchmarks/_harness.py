@@ -210,8 +210,8 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "event_loop": "asyncio",
-        "hypernodes": _version("hypernodes"),
-        "anyio": _version("anyio"),
+        "hypernodes": version_of("hypernodes"),
+        "anyio": version_of("anyio"),
     }
 
 
@@ -225,7 +225,8 @@ def _cpu() -> str:
     )
 
 
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
+    """The installed version, or "checkout" where the package is only on the path."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -45,10 +45,10 @@ def fan_out(width: int, *, asynchronous: bool = False, suspend: str = "") -> lis
         for i in range(width)
     )
     parameters = ", ".join(f"m{i}: int" for i in range(width))
-    total = " + ".join(f"m{i}" for i in range(width))
+    total = ", ".join(f"m{i}" for i in range(width))
     return defined(
         f"{define} source(x: int) -> int:\n    return x + 1\n{middle}"
-        f"{define} sink({parameters}) -> int:\n    return {total}\n"
+        f"{define} sink({parameters}) -> int:\n    return sum(({total},))\n"
     )
 
 

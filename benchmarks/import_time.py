@@ -1,4 +1,4 @@
-"""P7: ``import hypernodes`` against ``import anyio``, each in an interpreter of its own, without its start."""
+"""P7: ``import hypernodes`` against ``import anyio``, in an interpreter of its own, without its start."""
 
 import os
 import subprocess

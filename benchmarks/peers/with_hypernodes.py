@@ -1,12 +1,12 @@
 """The workloads in hypernodes itself: all outputs are computed and returned, as a plain call does."""
 
 import contextlib
-import importlib.metadata
 from typing import Any
 
-import anyio
+import anyio.from_thread
 
 from benchmarks import _workloads as work
+from benchmarks._harness import version_of
 from benchmarks.peers._compare import Once, Peer, main
 from hypernodes import Pipeline, node
 from hypernodes.backend import LocalBackend
@@ -88,7 +88,7 @@ if __name__ == "__main__":
     main(
         Peer(
             "hypernodes",
-            importlib.metadata.version("hypernodes"),
+            version_of("hypernodes"),
             {
                 "chain": chain,
                 "async_chain": chain,
