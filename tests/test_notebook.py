@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -101,32 +100,37 @@ class Kernel:
         self._client.start_channels()
         self._client.wait_for_ready(timeout=30)
 
-    def __call__(self, code: str) -> str:
+    def __call__(self, code: str, *, interrupt_when: Callable[[], bool] | None = None) -> str:
+        """Run a cell; interrupt it once ``interrupt_when`` is true.
+
+        Raises:
+            CellError: the cell ended with an exception.
+        """
+        request = self._client.execute(textwrap.dedent(code))
         pieces: list[str] = []
-
-        def on_message(message: dict[str, Any]) -> None:
-            if message["msg_type"] == "stream":
-                pieces.append(message["content"]["text"])
-
-        reply = self._client.execute_interactive(textwrap.dedent(code), output_hook=on_message, timeout=30)
-        if reply["content"]["status"] != "ok":
-            raise CellError(reply["content"]["ename"], reply["content"]["traceback"])
-        return "".join(pieces)
-
-    def interrupted(self, code: str, *, when: Callable[[], bool]) -> CellError:
-        """Run a cell, interrupt the kernel as soon as ``when`` is true, and return how the cell ended."""
-
-        def interrupt() -> None:
-            while not when():
-                time.sleep(0.01)
-            self._manager.interrupt_kernel()
-
-        watcher = threading.Thread(target=interrupt, daemon=True)
-        watcher.start()
-        with pytest.raises(CellError) as caught:
-            self(code)
-        watcher.join(5)
-        return caught.value
+        error: CellError | None = None
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if interrupt_when is not None and interrupt_when():
+                self._manager.interrupt_kernel()
+                interrupt_when = None
+            try:
+                message = self._client.get_iopub_msg(timeout=0.02)
+            except queue.Empty:
+                continue
+            content = message["content"]
+            match message["msg_type"]:
+                case _ if message["parent_header"].get("msg_id") != request:
+                    pass
+                case "stream":
+                    pieces.append(content["text"])
+                case "error":
+                    error = CellError(content["ename"], content["traceback"])
+                case "status" if content["execution_state"] == "idle":
+                    if error is not None:
+                        raise error
+                    return "".join(pieces)
+        raise TimeoutError(f"the cell did not end: {code}")
 
     def close(self) -> None:
         self._client.stop_channels()
@@ -288,8 +292,9 @@ ENDLESS_CALLS = {
 def test_interrupting_the_kernel_stops_what_the_cell_started(kernel, tmp_path, call):
     ticks = tmp_path / "ticks"
     kernel(FOREVER.format(ticks=str(ticks)))
-    error = kernel.interrupted(ENDLESS_CALLS[call], when=ticks.exists)
-    assert error.name in {"KeyboardInterrupt", "CancelledError"}, error
+    with pytest.raises(CellError) as caught:
+        kernel(ENDLESS_CALLS[call], interrupt_when=ticks.exists)
+    assert caught.value.name in {"KeyboardInterrupt", "CancelledError"}, caught.value
     size = ticks.stat().st_size
     time.sleep(0.2)
     assert ticks.stat().st_size == size, "the node runs on"
