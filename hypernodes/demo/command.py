@@ -38,7 +38,9 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         default="async",
         help="how the items of a mapped step run (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="which quotations, and their errors (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="which quotations, and their errors (default: 0)"
+    )
     parser.add_argument(
         "--model",
         metavar="NAME",
