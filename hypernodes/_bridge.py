@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import signal
+import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from functools import partial
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 import anyio
 import anyio.from_thread
-import anyio.lowlevel
+from anyio.from_thread import BlockingPortal
 
+from hypernodes._crew import Crew
 from hypernodes._stream import Handover
+from hypernodes._threads import given_up, thread_call
 
 R = TypeVar("R")
 T = TypeVar("T")
 
-POLL_S = 0.05
+POLL_S = 0.02
 """Seconds between looks at whether the run around a sync node has been cancelled."""
+
+
+class RunStopped(BaseException):
+    """Unwinds a sync call that was stopped from outside: its node's run was cancelled, or the user interrupted."""
 
 
 def run_sync(call: Callable[[], Awaitable[R]]) -> R:
@@ -27,13 +39,10 @@ def run_sync(call: Callable[[], Awaitable[R]]) -> R:
     async function that calls sync code) it runs on a new loop in another thread, while this one waits. In a
     sync node's worker thread, cancelling the node's run cancels the call.
     """
-    if _loop_is_running():
-        with anyio.from_thread.start_blocking_portal() as portal:
-            return portal.call(call)
-    try:
-        return anyio.run(_followed, call)
-    except _StoppedFromOutside as stopped:
-        raise stopped.cancellation from None
+    if not _loop_is_running():
+        return anyio.run(_unless, None if thread_call.get() is None else given_up, call)
+    with anyio.from_thread.start_blocking_portal() as portal:
+        return _call(portal, call)
 
 
 @contextlib.contextmanager
@@ -47,65 +56,87 @@ def iterate_sync(open_stream: Callable[[], AbstractAsyncContextManager[AsyncIter
         assert isinstance(stream, Handover)
 
         def items() -> Iterator[T]:
-            while batch := portal.call(stream.batch):
+            while batch := _call(portal, stream.batch):
                 yield from batch
 
         yield items()
 
 
-async def _followed(call: Callable[[], Awaitable[R]]) -> R:
-    """Await a call; when this thread is a worker of another loop, follow that loop's cancellation."""
-    if not _is_worker_thread():
-        return await call()
-    result: Any = None
-    failure: BaseException | None = None
-    outer: BaseException | None = None
-    async with anyio.create_task_group() as group:
+def _call(portal: BlockingPortal, call: Callable[[], Awaitable[R]]) -> R:
+    """Call through a portal; Ctrl-C meanwhile cancels the call, waits for its end, and is raised then.
 
-        async def watch() -> None:
-            nonlocal outer
-            while True:
-                await anyio.sleep(POLL_S)
-                try:
-                    anyio.from_thread.check_cancelled()
-                except BaseException as error:  # noqa: BLE001 - the outer loop's own cancellation, raised below
-                    outer = error
-                    group.cancel_scope.cancel()
-                    return
+    A KeyboardInterrupt in the middle of this thread's wait could leave the wait's own locks taken, and
+    asyncio's handler would wait for a loop that is waiting here.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        return portal.call(_outcome, None if thread_call.get() is None else given_up, call)()
+    interrupted = False
 
-        group.start_soon(watch)
-        try:
-            result = await call()
-        except anyio.get_cancelled_exc_class():
-            raise
-        except BaseException as error:  # noqa: BLE001 - raised again below, outside the group
-            failure = error
-        group.cancel_scope.cancel()
-    if outer is not None:
-        raise _StoppedFromOutside(outer)
-    if failure is not None:
-        raise failure
-    return result  # type: ignore[no-any-return]
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            signal.default_int_handler(signum, frame)
+        interrupted = True
 
-
-class _StoppedFromOutside(BaseException):
-    """Carries the outer loop's cancellation through the inner loop."""
-
-    def __init__(self, cancellation: BaseException) -> None:
-        self.cancellation = cancellation
-
-
-def _is_worker_thread() -> bool:
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        anyio.from_thread.check_cancelled()
-    except RuntimeError:
-        return False
-    return True
+        outcome = portal.call(_outcome, lambda: interrupted, call)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        return outcome()
+    except RunStopped:
+        raise KeyboardInterrupt from None
+
+
+async def _outcome(stopped: Callable[[], bool] | None, call: Callable[[], Awaitable[R]]) -> Callable[[], R]:
+    """Await a call and return what gives its result or raises its error.
+
+    What is no ``Exception``, such as ``SystemExit`` from a node, would otherwise end the portal on its way.
+    """
+    try:
+        result = await _unless(stopped, call)
+    except anyio.get_cancelled_exc_class():
+        raise
+    except BaseException as error:  # noqa: BLE001 - raised in the calling thread
+        return partial(_raise, error)
+    return lambda: result
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+async def _unless(stopped: Callable[[], bool] | None, call: Callable[[], Awaitable[R]]) -> R:
+    """Await a call, unless it should stop: then cancel it.
+
+    Raises:
+        RunStopped: it was stopped.
+    """
+    if stopped is None:
+        return await call()
+    made: list[R] = []
+
+    async def watch(crew: Crew) -> None:
+        while not stopped():
+            await anyio.sleep(POLL_S)
+        crew.fail(RunStopped())
+
+    async def both(crew: Crew) -> None:
+        crew.start(watch)
+        made.append(await call())
+        crew.stop()
+
+    await Crew.run(both)
+    return made[0]
 
 
 def _loop_is_running() -> bool:
+    """Say whether this thread runs an event loop, be it in a task or in a plain callback."""
     try:
-        anyio.lowlevel.current_token()
+        asyncio.get_running_loop()
     except RuntimeError:
-        return False
+        trio = sys.modules.get("trio")
+        return trio is not None and trio.lowlevel.in_trio_run()
     return True

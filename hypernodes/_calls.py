@@ -18,6 +18,7 @@ from hypernodes._cost import CHEAP_S
 from hypernodes._mapping import Path
 from hypernodes._program import BoundCall
 from hypernodes._run import Scope, held
+from hypernodes._threads import ThreadCall, given_up, thread_call
 from hypernodes.errors import NodeTimeoutError, OutputMismatchError
 
 logger = logging.getLogger("hypernodes")
@@ -104,23 +105,26 @@ async def _inline(step: BoundCall, arguments: tuple[Any, ...], keywords: dict[st
 async def _in_thread(scope: Scope, step: BoundCall, call: Callable[[], Any]) -> tuple[Any, float]:
     """Call in a worker thread; return the result and the seconds it took there."""
 
-    def measured() -> tuple[Any, float]:
-        began = time.perf_counter()
-        result = call()
-        return result, time.perf_counter() - began
-
-    abandon = step.node.timeout is not None
     limiter = scope.run.threads(scope.engine.max_workers)
+    in_thread = ThreadCall(call)
+    token = thread_call.set(in_thread)
     try:
-        return await anyio.to_thread.run_sync(measured, abandon_on_cancel=abandon, limiter=limiter)
+        # Always "abandon": what happens to a thread that runs on is decided here, not by a shielded scope,
+        # into which asyncio's own task.cancel() would reach.
+        return await anyio.to_thread.run_sync(in_thread.run, abandon_on_cancel=True, limiter=limiter)
     except anyio.get_cancelled_exc_class():
-        if abandon:
-            logger.warning(
-                "node %r was given up, but Python cannot stop its thread: it runs on until it returns; "
-                "run_in='process' can be stopped",
-                step.name,
-            )
+        if not in_thread.give_up():
+            if step.node.timeout is None:
+                await in_thread.ended()
+            else:
+                logger.warning(
+                    "node %r was given up, but Python cannot stop its thread: it runs on until it returns; "
+                    "run_in='process' can be stopped",
+                    step.name,
+                )
         raise
+    finally:
+        thread_call.reset(token)
 
 
 async def _collect(
@@ -143,7 +147,8 @@ async def _collect(
 
     def read() -> None:
         for piece in step.func(*arguments, **keywords):
-            anyio.from_thread.check_cancelled()
+            if given_up():
+                return
             pieces.append(piece)
             if wanted:
                 anyio.from_thread.run_sync(_tell_chunk, scope, step, index, piece)

@@ -15,12 +15,13 @@ class Crew:
     kept, the others are cancelled, and then it is raised, whatever its type.
     """
 
-    __slots__ = ("_failure", "_group")
+    __slots__ = ("_failure", "_group", "_stopped")
 
     _group: anyio.abc.TaskGroup
 
     def __init__(self) -> None:
         self._failure: BaseException | None = None
+        self._stopped = False
 
     @classmethod
     async def run(cls, work: Callable[[Crew], Awaitable[None]]) -> None:
@@ -52,6 +53,7 @@ class Crew:
 
     def stop(self) -> None:
         """Stop everyone else; there is nothing to raise."""
+        self._stopped = True
         self._group.cancel_scope.cancel()
 
     async def _member(self, work: Callable[[Crew], Awaitable[None]]) -> None:
@@ -60,7 +62,8 @@ class Crew:
         except anyio.get_cancelled_exc_class() as error:
             # Cancelled from inside (a user's function awaited something that was cancelled) counts as a
             # failure; when the cancellation comes from outside, the group raises that and not this.
-            self.fail(error)
+            if not self._stopped:
+                self.fail(error)
             raise
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self.fail(error)

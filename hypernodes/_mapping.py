@@ -69,8 +69,10 @@ class MapSpec:
         owner: str,
     ) -> MapSpec:
         """Check a map's options against the names that can be mapped."""
-        names = (over,) if isinstance(over, str) else tuple(over)
         known = tuple(known)
+        names = (over,) if isinstance(over, str) else tuple(over) if isinstance(over, Iterable) else (over,)
+        if not all(isinstance(name, str) for name in names):
+            raise DefinitionError(f"map_over of {owner} is the name of an input, or a list of names, not {over!r}")
         if not names:
             raise DefinitionError(f"map_over of {owner} is empty: name at least one input; known here: {quoted(known)}")
         for name in names:
@@ -131,7 +133,8 @@ def listed_rows(spec: MapSpec, inputs: Mapping[str, Any], where: str) -> Rows:
 def _column(name: str, value: Any, spec: MapSpec, where: str) -> Any:
     refuse_unmappable(name, value, where)
     if isinstance(value, AsyncIterable):
-        raise MapInputError(f"{where} maps {name!r} over an async iterable, which may be endless: use astream()")
+        advice = "use astream()" if spec.mode == "zip" else 'map_mode="product" needs a list'
+        raise MapInputError(f"{where} maps {name!r} over an async iterable, which may be endless: {advice}")
     if isinstance(value, Sized) and not isinstance(value, Iterator):
         return value if isinstance(value, list | tuple | range) else list(value)  # type: ignore[call-overload]
     if spec.mode == "product":

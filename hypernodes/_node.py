@@ -47,21 +47,6 @@ class Node(Generic[P, R]):
     Still callable as the plain function. Immutable; safe to use in many pipelines at once.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_signature",
-        "func",
-        "kind",
-        "limit",
-        "max_concurrency",
-        "name",
-        "output_name",
-        "outputs",
-        "retry",
-        "run_in",
-        "timeout",
-    )
-
     def __init__(
         self,
         func: Callable[P, R],
@@ -81,6 +66,7 @@ class Node(Generic[P, R]):
         signature = _signature(func, name)
         set_ = functools.partial(object.__setattr__, self)
         set_("func", func)
+        set_("__doc__", func.__doc__)
         set_("name", name)
         set_("output_name", output_name)
         set_("outputs", _output_names(output_name, name))
@@ -321,7 +307,7 @@ def _signature(func: Callable[..., Any], name: str) -> inspect.Signature:
 
 
 def _annotations(func: Callable[..., Any]) -> dict[str, Any]:
-    """Return the resolved annotations; those as written when one cannot be resolved."""
+    """Return the resolved annotations."""
     while isinstance(func, functools.partial):
         func = func.func
     target: Any = func
@@ -332,4 +318,14 @@ def _annotations(func: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target)
     except Exception:  # noqa: BLE001 - annotations are the user's own code and may raise anything
-        return dict(getattr(target, "__annotations__", {}))
+        written = getattr(target, "__annotations__", {})
+        return {name: _resolved(target, name, each) for name, each in written.items()}
+
+
+def _resolved(target: Any, name: str, annotation: Any) -> Any:
+    """Return one annotation resolved; Any when it names nothing at run time, as under TYPE_CHECKING."""
+    alone = types.SimpleNamespace(__annotations__={name: annotation})
+    try:
+        return typing.get_type_hints(alone, getattr(target, "__globals__", {}))[name]
+    except Exception:  # noqa: BLE001 - as above
+        return Any

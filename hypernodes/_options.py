@@ -112,6 +112,7 @@ def _missing_inputs(plan: ExecutionPlan, given: Mapping[str, Any], wanted: tuple
 
 def renamed_inputs(plan: ExecutionPlan, mapping: Mapping[str, str], step: str) -> dict[str, str]:
     """Return ``{outer: inner}`` for every input of a nested pipeline."""
+    _check_mapping(mapping, "input_mapping", step)
     for outer, inner in mapping.items():
         if inner not in plan.inputs:
             swapped = f" (input_mapping is {{outer: inner}}: write {{{inner!r}: {outer!r}}})" if outer in plan.inputs else ""
@@ -121,10 +122,14 @@ def renamed_inputs(plan: ExecutionPlan, mapping: Mapping[str, str], step: str) -
             )
         if not isinstance(outer, str) or not outer.isidentifier():
             raise DefinitionError(f"input_mapping of nested pipeline {step!r}: {outer!r} is not a valid name")
-    outer_names = {inner: outer for outer, inner in mapping.items()}
-    if len(outer_names) < len(mapping):
-        doubled = next(inner for inner in outer_names if list(mapping.values()).count(inner) > 1)
-        raise DefinitionError(f"input_mapping of nested pipeline {step!r}: {doubled!r} is given by two outer names")
+    outer_names: dict[str, str] = {}
+    for outer, inner in mapping.items():
+        if inner in outer_names:
+            raise DefinitionError(
+                f"input_mapping of nested pipeline {step!r}: {inner!r} is given by both "
+                f"{outer_names[inner]!r} and {outer!r}"
+            )
+        outer_names[inner] = outer
     renamed: dict[str, str] = {}
     for inner in plan.inputs:
         outer = outer_names.get(inner, inner)
@@ -139,6 +144,7 @@ def renamed_inputs(plan: ExecutionPlan, mapping: Mapping[str, str], step: str) -
 
 def renamed_outputs(plan: ExecutionPlan, mapping: Mapping[str, str], step: str) -> dict[str, str]:
     """Return ``{inner: outer}`` for every output of a nested pipeline."""
+    _check_mapping(mapping, "output_mapping", step)
     for inner, outer in mapping.items():
         if inner not in plan.producers:
             swapped = (
@@ -153,8 +159,24 @@ def renamed_outputs(plan: ExecutionPlan, mapping: Mapping[str, str], step: str) 
         if not isinstance(outer, str) or not outer.isidentifier():
             raise DefinitionError(f"output_mapping of nested pipeline {step!r}: {outer!r} is not a valid name")
     renamed = {inner: mapping.get(inner, inner) for inner in plan.outputs}
-    outer_names = list(renamed.values())
-    doubled = next((name for name in outer_names if outer_names.count(name) > 1), None)
-    if doubled is not None:
-        raise DefinitionError(f"output_mapping of nested pipeline {step!r}: two outputs would be named {doubled!r}")
+    inner_names: dict[str, str] = {}
+    for inner, outer in renamed.items():
+        if outer in inner_names:
+            raise DefinitionError(
+                f"output_mapping of nested pipeline {step!r}: both {inner_names[outer]!r} and {inner!r} "
+                f"would be named {outer!r}"
+            )
+        inner_names[outer] = inner
     return renamed
+
+
+def _check_mapping(mapping: Any, option: str, step: str) -> None:
+    if not isinstance(mapping, Mapping):
+        raise DefinitionError(f"{option} of nested pipeline {step!r} is a dict of names, not {mapping!r}")
+
+
+def checked_name(name: Any) -> str | None:
+    """Return a name, or None."""
+    if name is None or (isinstance(name, str) and name):
+        return name
+    raise DefinitionError(f"a name is a str, not {name!r}")

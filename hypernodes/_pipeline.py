@@ -26,6 +26,7 @@ from hypernodes._options import (
     checked_backend,
     checked_callbacks,
     checked_limits,
+    checked_name,
     merged_inputs,
     renamed_inputs,
     renamed_outputs,
@@ -120,10 +121,8 @@ class Pipeline:
         timeout: Any = INHERIT,
         strict_types: bool = False,
     ) -> None:
-        if name is not None and (not isinstance(name, str) or not name):
-            raise DefinitionError(f"a pipeline's name is a str, not {name!r}")
         self._nodes = _checked_nodes(nodes)
-        self._said_name = name
+        self._said_name = checked_name(name)
         self._strict = strict_types
         settings = Settings(
             backend=INHERIT if backend is INHERIT else checked_backend(backend),
@@ -168,9 +167,8 @@ class Pipeline:
 
     def with_name(self, name: str) -> Pipeline:
         """Return it under another name."""
-        if not isinstance(name, str) or not name:
-            raise DefinitionError(f"a pipeline's name is a str, not {name!r}")
-        return self._varied(self._plan.with_name(name), name=name)
+        checked = checked_name(name) or "pipeline"
+        return self._varied(self._plan.with_name(checked), name=checked)
 
     def with_backend(self, backend: Backend) -> Pipeline:
         """Return it running somewhere else."""
@@ -257,7 +255,7 @@ class Pipeline:
             max_concurrency: items at once.
             on_error: ``"raise"`` the first failure, or ``"collect"``: a failed item's outputs are None.
         """
-        step_name = name or self._said_name or "+".join(self.outputs)
+        step_name = checked_name(name) or self._said_name or "+".join(self.outputs)
         outer_to_inner = renamed_inputs(self._plan, input_mapping or {}, step_name)
         inner_to_outer = renamed_outputs(self._plan, output_mapping or {}, step_name)
         spec = None
@@ -364,7 +362,7 @@ class Pipeline:
         Raises:
             MapInputError: lists of unequal length, or values that cannot be mapped.
         """
-        spec = self._map_spec(inputs, map_over, map_mode, max_concurrency, on_error, max_failures)
+        spec = self._map_spec(inputs, map_over, map_mode, max_concurrency, on_error, max_failures, output_name)
         rows = listed_rows(spec, inputs, self._plan.label)
         job = self._job(inputs, output_name, spec, ListFeed(rows), rows.count)
         columns = Columns(job.wanted or self.outputs, rows.count)
@@ -424,7 +422,7 @@ class Pipeline:
             max_failures: with ``"collect"``, stop with TooManyFailuresError at this many.
             output_name: make only these outputs.
         """
-        spec = self._map_spec(inputs, map_over, map_mode, max_concurrency, on_error, max_failures)
+        spec = self._map_spec(inputs, map_over, map_mode, max_concurrency, on_error, max_failures, output_name)
         feed, total = stream_feed(spec, inputs, self._plan.label)
         job = self._job(inputs, output_name, spec, feed, total)
         window = max_concurrency or self._items_at_once()
@@ -508,7 +506,8 @@ class Pipeline:
     ) -> Job:
         plan = self._plan
         wanted = None if output_name is None else wanted_names(output_name)
-        check_call(plan, inputs, wanted)
+        if spec is None:
+            check_call(plan, inputs, wanted)
         mapped = spec.over if spec else ()
         return Job(
             plan=plan,
@@ -529,7 +528,10 @@ class Pipeline:
         max_concurrency: int | None,
         on_error: OnError,
         max_failures: int | None,
+        output_name: str | Sequence[str] | None,
     ) -> MapSpec:
+        inputs = merged_inputs(inputs, {})
+        wanted = None if output_name is None else wanted_names(output_name)
         spec = MapSpec.checked(
             map_over,
             self._plan.inputs,
@@ -539,6 +541,7 @@ class Pipeline:
             max_failures=max_failures,
             owner=self._plan.label,
         )
+        check_call(self._plan, inputs, wanted)
         missing = [name for name in spec.over if name not in inputs]
         if missing:
             raise DependencyError(f"{self._plan.label} is mapped over {quoted(missing)}, which is not among the inputs")

@@ -290,9 +290,11 @@ def _part_of(annotation: Any, node: Node[..., Any], name: str) -> Any:
         return list[args[0]] if args else list  # type: ignore[valid-type]
     if not isinstance(node.output_name, tuple):
         return annotation
-    if typing.get_origin(annotation) is tuple and len(args) == len(node.outputs) and ... not in args:
-        return args[node.outputs.index(name)]
-    return Any
+    if typing.get_origin(annotation) is not tuple:
+        return Any
+    if len(args) == 2 and args[1] is ...:
+        return args[0]
+    return args[node.outputs.index(name)] if len(args) == len(node.outputs) else Any
 
 
 def describe(step: Step) -> str:

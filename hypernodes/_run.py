@@ -186,7 +186,9 @@ class Run:
         kind = "node" if isinstance(path[-1], str) else "item"
         note = f"in {kind} {path[-1]!r} at {format_path(path)}"
         if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
+            # An exception may refuse it, such as a frozen dataclass.
+            with contextlib.suppress(Exception):
+                error.add_note(note)
         return True
 
     def remember(self, error: BaseException, path: Path) -> None:

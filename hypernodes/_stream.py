@@ -50,6 +50,8 @@ class Handover(Generic[T]):
         while not self._ready:
             if self._ended:
                 failure, self._failure = self._failure, None
+                if isinstance(failure, StopAsyncIteration):
+                    raise RuntimeError("a node raised StopAsyncIteration") from failure
                 if failure is not None:
                     raise failure
                 raise StopAsyncIteration
@@ -76,15 +78,20 @@ class Handover(Generic[T]):
     async def fed_by(self, produce: Callable[[], Awaitable[None]]) -> AsyncIterator[Handover[T]]:
         """Run the producer in the background for as long as the block lasts; leaving it cancels the rest."""
         failure: BaseException | None = None
+        left = False
 
         async def background() -> None:
+            nonlocal failure
             try:
                 await produce()
             except anyio.get_cancelled_exc_class() as error:
-                self._end(error)
+                self._end(None if left else error)
                 raise
-            except BaseException as error:  # noqa: BLE001 - raised to the consumer
-                self._end(error)
+            except BaseException as error:  # noqa: BLE001 - raised to the consumer, or below
+                if left:
+                    # Such as the source's own cleanup: nobody reads on, so the block itself raises it.
+                    failure = failure or error
+                self._end(None if left else error)
             else:
                 self._end(None)
 
@@ -97,6 +104,8 @@ class Handover(Generic[T]):
             except BaseException as error:  # noqa: BLE001 - raised again below, outside the group
                 failure = error
             finally:
+                left = True
+                self._ready.clear()
                 group.cancel_scope.cancel()
         if failure is not None:
             raise failure

@@ -1,0 +1,61 @@
+"""A sync function's call in a worker thread, and what cancelling it can do."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import anyio
+
+_POLL_S = 0.005
+
+
+class ThreadCall:
+    """A call in a worker thread that its awaiter can take back, or wait for, when it is cancelled."""
+
+    __slots__ = ("_call", "_lock", "_state", "given_up")
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._lock = threading.Lock()
+        self._state: Literal["waiting", "running", "ended"] = "waiting"
+        self.given_up = False
+
+    def run(self) -> tuple[Any, float]:
+        """Call, in the thread; return the result and the seconds it took."""
+        with self._lock:
+            if self.given_up:
+                return None, 0.0
+            self._state = "running"
+        began = time.perf_counter()
+        try:
+            result = self._call()
+            return result, time.perf_counter() - began
+        finally:
+            self._state = "ended"
+
+    def give_up(self) -> bool:
+        """Say whether the call is not running; one that waited for its thread will not start."""
+        with self._lock:
+            self.given_up = True
+            return self._state != "running"
+
+    async def ended(self) -> None:
+        """Wait for the thread, whoever cancels: asyncio's own ``task.cancel()`` reaches into a shielded scope."""
+        while self._state == "running":
+            with anyio.CancelScope(shield=True), contextlib.suppress(anyio.get_cancelled_exc_class()):
+                await anyio.sleep(_POLL_S)
+
+
+thread_call: ContextVar[ThreadCall | None] = ContextVar("hypernodes_thread_call", default=None)
+"""The call that this code runs in, if it runs in a worker thread of a run."""
+
+
+def given_up() -> bool:
+    """Say whether the run around this worker thread has been cancelled."""
+    call = thread_call.get()
+    return call is not None and call.given_up
