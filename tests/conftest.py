@@ -13,6 +13,8 @@ import anyio
 import psutil
 import pytest
 
+collect_ignore = ["typing"]  # for the type checker: it is not run
+
 GRACE_S = 5.0
 """Seconds that threads, processes and files get to be gone after a test; tasks get none."""
 
