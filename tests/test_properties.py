@@ -99,11 +99,12 @@ def graphs(draw: st.DrawFn, max_size: int = 9) -> Graph:
     for i in range(draw(st.integers(1, max_size))):
         known = outer + [spec.output for spec in specs]
         needs = tuple(draw(st.lists(st.sampled_from(known), unique=True, max_size=4)))
-        defaults = tuple(name for name in needs if name in optional)
+        defaults = tuple(name for name in needs if name in optional and draw(st.booleans()))
         specs.append(Spec(f"out{i}", needs, draw(st.sampled_from(FORMS)), defaults))
     listed = draw(st.permutations(range(len(specs))))
     used = {name for spec in specs for name in spec.needs} & set(outer)
-    inputs = {name: name.upper() for name in used if name not in optional or draw(st.booleans())}
+    required = {name for spec in specs for name in set(spec.needs) - set(spec.defaults)} & used
+    inputs = {name: name.upper() for name in sorted(used) if name in required or draw(st.booleans())}
     return Graph(tuple(specs), tuple(listed), inputs)
 
 
