@@ -1,4 +1,4 @@
-"""What is built and shipped. Needs the sources: `.ci/run` leaves it out when it tests the installed package."""
+"""What is built and shipped. Needs the sources: `.ci/run` leaves it out where it tests the built package."""
 
 import re
 import subprocess

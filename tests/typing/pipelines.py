@@ -86,8 +86,7 @@ async def calls() -> None:
     inner.map({"text": ["x"]}, "text", on_error="ignore")  # type: ignore[arg-type]
     inner.map({"text": ["x"]})  # type: ignore[call-arg]
     await inner.arun("x")  # type: ignore[call-overload]
-    for item in inner.astream({"text": ["x"]}, "text"):  # type: ignore[attr-defined]
-        pass
+    iter(inner.astream({"text": ["x"]}, "text"))  # type: ignore[call-overload]
 
 
 class Watch(PipelineCallback):
