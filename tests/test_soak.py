@@ -247,6 +247,8 @@ async def one_process_run(dice):
             outcome = "failed"
         except WorkerCrashedError:
             outcome = "crashed"
+        except NodeTimeoutError:
+            outcome = "timed out"  # on a busy machine even the start of a process may take so long
     return "cancelled" if scope.cancelled_caught else outcome
 
 
