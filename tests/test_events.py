@@ -404,7 +404,7 @@ async def test_pieces_of_an_async_generator_in_a_map_are_events(mode):
     assert seen[-1].result == {"letters": [["a", "b", "c"], ["d", "e"]]}
 
 
-@pytest.mark.parametrize("form", ["async", "thread", "process"])
+@pytest.mark.parametrize("form", ["async", "thread", "process", "parallel map"])
 async def test_a_piece_is_an_event_before_the_next_one_is_made(form, tmp_path):
     """A piece is told as it comes: the generator goes on only once its reader has seen the last piece."""
     seen_one, seen_in_thread, sign = anyio.Event(), threading.Event(), tmp_path / "seen"
@@ -431,15 +431,21 @@ async def test_a_piece_is_an_event_before_the_next_one_is_made(form, tmp_path):
         "async": node("y")(async_pieces),
         "thread": node("y", run_in="thread")(thread_pieces),
         "process": node("y", run_in="process")(process_pieces),
+        "parallel map": node("y")(process_pieces),
     }[form]
+    pipeline, inputs, answer = Pipeline([pieces], name="inner"), {"x": sign}, [1, 2]
+    if form == "parallel map":
+        backend = LocalBackend(map_execution="parallel", max_workers=1)
+        pipeline = Pipeline([pipeline.as_node({"xs": "x"}, map_over="xs")], backend=backend)
+        inputs, answer = {"xs": [sign]}, [[1, 2]]
     with anyio.fail_after(PATIENCE_S):
-        async with Pipeline([pieces]).aevents(x=sign) as events:
+        async with pipeline.aevents(inputs) as events:
             async for event in events:
                 if type(event) is NodeChunk and event.chunk == 1:
                     seen_one.set()
                     seen_in_thread.set()
                     sign.touch()
-    assert event.result == {"y": [1, 2]}
+    assert event.result == {"y": answer}
 
 
 async def test_leaving_events_early_cancels_the_run():

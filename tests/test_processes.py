@@ -1,5 +1,6 @@
 """Worker processes: what travels to them, what happens when they die, and that none outlives its run."""
 
+import asyncio
 import importlib
 import os
 import signal
@@ -28,7 +29,7 @@ from hypernodes.backend import LocalBackend
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
-PATIENCE_S = 30  # only a hang takes this long
+PATIENCE_S = 20  # only a hang takes this long
 
 
 def parallel(**options):
@@ -254,6 +255,75 @@ async def test_a_function_that_cannot_travel_is_named(how):
     assert "cannot pickle" in str(refused.value)
 
 
+@pytest.mark.parametrize("how", ["run_in", "parallel map", "parallel nodes"])
+async def test_a_function_in_a_worker_may_run_a_loop_of_its_own(how):
+    """A sync function that wraps async code by ``asyncio.run`` works in a worker as it does in a thread."""
+
+    def fetch(x):
+        async def ask():
+            await asyncio.sleep(0)
+            return x + 1
+
+        return asyncio.run(ask())
+
+    backend = {
+        "run_in": LocalBackend(),
+        "parallel map": parallel(),
+        "parallel nodes": LocalBackend(node_execution="parallel", max_workers=2),
+    }[how]
+    pipeline = Pipeline([node("y", run_in="process" if how == "run_in" else "auto")(fetch)], backend=backend)
+    assert (await pipeline.amap({"x": [1, 2, 3]}, "x"))["y"] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_finished_items_are_handed_over_while_others_run(tmp_path, ordered):
+    """A stream's consumer gets an item as it finishes, not when the items after it in its worker do."""
+
+    @node("y")
+    def work(x, folder):
+        give_up = time.monotonic() + PATIENCE_S / 2
+        while x == 40 and not (folder / "39 seen").exists():
+            assert time.monotonic() < give_up, "39 was never handed over"
+            time.sleep(0.005)
+        return x
+
+    pipeline = Pipeline([work], backend=LocalBackend(map_execution="parallel", max_workers=1))
+    seen = []
+    with anyio.fail_after(PATIENCE_S):
+        async with pipeline.astream({"x": range(80), "folder": tmp_path}, "x", ordered=ordered) as items:
+            async for item in items:
+                seen.append(item.outputs["y"])
+                if item.index == 39:
+                    sign(tmp_path, "39 seen")
+    assert sorted(seen) == list(range(80))
+
+
+async def test_a_cancelled_wait_for_a_limit_does_not_use_it_up(tmp_path):
+    """An item in a worker that fails while it waits for a limit leaves it to the items after it."""
+
+    @node("held", limit="api")
+    async def hold(x, folder):
+        if x == 0:
+            sign(folder, "holding")
+            await signs(folder, "failed")
+            await anyio.sleep(0.05)
+        return x
+
+    @node("checked")
+    async def fail_meanwhile(x, folder):
+        if x == 1:
+            await signs(folder, "holding")
+            await anyio.sleep(0.05)
+            sign(folder, "failed")
+            raise LookupError(x)
+
+    backend = LocalBackend(map_execution="parallel", max_workers=1)
+    pipeline = Pipeline([hold, fail_meanwhile], limits={"api": 1}, backend=backend)
+    with anyio.fail_after(PATIENCE_S):
+        result = await pipeline.amap({"x": range(4), "folder": tmp_path}, "x", on_error="collect")
+    assert result["held"] == [0, None, 2, 3]
+
+
 @pytest.mark.parametrize("how", ["run_in", "parallel map"])
 async def test_an_input_that_cannot_travel_is_named(how):
     """An unpicklable input is an error that says the input's name, the place inside it, and why."""
@@ -404,24 +474,6 @@ async def test_a_crash_loses_only_the_guilty_item():
     assert result["y"] == [None if x in (3, 17) else x * 2 for x in range(30)]
 
 
-async def test_items_beside_a_crash_are_not_run_twice(tmp_path):
-    """Items that had finished before their worker died are not run again."""
-
-    @node("y")
-    def work(x, folder):
-        with (folder / str(x)).open("a") as file:
-            file.write("ran ")
-        if x == 25:
-            crash("sigkill")
-        return x
-
-    pipeline = Pipeline([work], backend=parallel())
-    with anyio.fail_after(PATIENCE_S):
-        await pipeline.amap({"x": range(30), "folder": tmp_path_for(tmp_path)}, "x", on_error="collect")
-    folder = tmp_path / "ran"
-    assert {x: (folder / str(x)).read_text() for x in range(24)} == dict.fromkeys(range(24), "ran ")
-
-
 def tmp_path_for(tmp_path):
     folder = tmp_path / "ran"
     folder.mkdir()
@@ -530,10 +582,13 @@ def hang_with_child(me, folder):
     time.sleep(3600)
 
 
-@pytest.mark.parametrize("how", ["run_in", "parallel map", "parallel nodes", "nested map"])
+@pytest.mark.parametrize(
+    "how", ["run_in", "parallel map", "parallel nodes", "nested map", "worker of a worker"]
+)
 async def test_cancelling_kills_workers_and_what_they_started(tmp_path, how):
     """Cancelling ends the workers and the programs that the user's functions started in them."""
-    hang = node("y", run_in="process" if how == "run_in" else "auto")(hang_with_child)
+    in_process = how in ("run_in", "worker of a worker")
+    hang = node("y", run_in="process" if in_process else "auto")(hang_with_child)
     if how == "parallel nodes":
         pipeline = Pipeline([hang], backend=LocalBackend(node_execution="parallel", max_workers=2))
     elif how == "run_in":
@@ -555,7 +610,11 @@ async def test_cancelling_kills_workers_and_what_they_started(tmp_path, how):
             assert all(runs(pid) for pid in pids)
             tasks.cancel_scope.cancel()
         assert len(set(pids)) == 4
-        await gone(pids)
+        try:
+            await gone(pids)
+        finally:
+            for pid in filter(runs, pids):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 async def test_the_first_failing_item_kills_the_other_workers(tmp_path):
