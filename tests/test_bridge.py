@@ -424,6 +424,48 @@ class TestInterrupt:
         if name.startswith("stream"):
             assert "closed" in out
 
+    @pytest.mark.parametrize("inside", [False, True], ids=["no loop", "running loop"])
+    @pytest.mark.parametrize("call", ["stream", "events"])
+    def test_ctrl_c_between_items(self, call, inside):
+        """Ctrl-C in the caller's own code between two items or events is no less a KeyboardInterrupt."""
+        script = f"""
+        @node("y")
+        async def wait_from_the_second(x):
+            if x == 0:
+                return x
+            say("ready")
+            try:
+                await anyio.sleep(60)
+            finally:
+                say("cleaned")
+
+        def stream():
+            pipeline = Pipeline([wait_from_the_second])
+            with pipeline.stream({{"x": endless()}}, "x", max_concurrency=2) as items:
+                for item in items:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        def events():
+            with Pipeline([wait_from_the_second]).events(x=1) as events:
+                for event in events:
+                    if type(event).__name__ == "NodeStarted":
+                        os.kill(os.getpid(), signal.SIGINT)
+
+        async def main():
+            {call}()
+
+        {"asyncio.run(main())" if inside else f"{call}()"}
+        """
+        with start(script) as process:
+            try:
+                out, err = process.communicate(timeout=15)
+            finally:
+                process.kill()
+        assert out.split().count("cleaned") == out.split().count("ready")
+        assert call == "events" or "closed" in out
+        assert err.rstrip().splitlines()[-1] == "KeyboardInterrupt"
+        assert process.returncode in (130, -signal.SIGINT)
+
     def test_script_goes_on(self):
         """A script that catches the KeyboardInterrupt runs the next pipeline as if nothing had been."""
         script = """
