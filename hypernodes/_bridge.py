@@ -84,10 +84,10 @@ def _call(portal: BlockingPortal, call: Callable[[], Awaitable[R]]) -> R:
         outcome = portal.call(_outcome, lambda: interrupted, call)
     finally:
         signal.signal(signal.SIGINT, handler)
-    try:
-        return outcome()
-    except RunStopped:
-        raise KeyboardInterrupt from None
+    if interrupted:
+        # Also when the call was done just then: an interrupt is never lost.
+        raise KeyboardInterrupt
+    return outcome()
 
 
 async def _outcome(stopped: Callable[[], bool] | None, call: Callable[[], Awaitable[R]]) -> Callable[[], R]:

@@ -135,7 +135,7 @@ _HOOKS_OF: dict[type, tuple[str, ...]] = {
 }
 _HOOK_NAMES = tuple(name for names in _HOOKS_OF.values() for name in names)
 _IN_A_NODE = frozenset({ev.NodeStarted, ev.NodeFinished, ev.NodeFailed, ev.NodeChunk})
-_MOST_PLACES = 4096
+_MOST_PLACES = 32
 _INDEX = re.compile(r"\[\d+\]")
 
 Arguments = tuple[Any, ...]
@@ -196,26 +196,28 @@ class CallbackDispatcher:
         ctx, hooks = self._place(place) if known is None else known
         if hooks and kind in _CALLS:
             name, arguments = _CALLS[kind](event, ctx)
+            broken = self._broken
             for hook, callback in hooks.get(name, ()):
-                if not self._broken or id(callback) not in self._broken:
-                    self._call(hook, callback, arguments)
+                if broken and id(callback) in broken:
+                    continue
+                try:
+                    hook(*arguments)
+                except Exception:
+                    self._switch_off(hook, callback)
 
-    def _call(self, hook: Hook, callback: object, arguments: Arguments) -> None:
-        try:
-            hook(*arguments)
-        except Exception:
-            self._broken.add(id(callback))
-            logger.exception(
-                "callback %s raised in %s and is switched off for the rest of this run",
-                type(callback).__name__,
-                getattr(hook, "__name__", "a hook"),
-            )
+    def _switch_off(self, hook: Hook, callback: object) -> None:
+        self._broken.add(id(callback))
+        logger.exception(
+            "callback %s raised in %s and is switched off for the rest of this run",
+            type(callback).__name__,
+            getattr(hook, "__name__", "a hook"),
+        )
 
     def _place(self, place: Path) -> tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]:
         """Return the context of a place and its hooks; both can be made again, so few are kept."""
         if len(self._places) >= _MOST_PLACES:
             self._places.clear()
-        level = self._level(tuple(part for part in place[1:] if type(part) is not int))
+        level = self._level(tuple([part for part in place[1:] if type(part) is not int]))
         known = self._places[place] = CallbackContext(self, place), level.hooks
         return known
 

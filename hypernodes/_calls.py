@@ -11,14 +11,13 @@ from typing import Any
 
 import anyio
 import anyio.from_thread
-import anyio.to_thread
 
 from hypernodes import events as ev
 from hypernodes._cost import CHEAP_S
 from hypernodes._mapping import Path
 from hypernodes._program import BoundCall
 from hypernodes._run import Scope, held
-from hypernodes._threads import ThreadCall, given_up, thread_call
+from hypernodes._threads import given_up, in_thread
 from hypernodes.errors import NodeTimeoutError, OutputMismatchError
 
 logger = logging.getLogger("hypernodes")
@@ -104,27 +103,18 @@ async def _inline(step: BoundCall, arguments: tuple[Any, ...], keywords: dict[st
 
 async def _in_thread(scope: Scope, step: BoundCall, call: Callable[[], Any]) -> tuple[Any, float]:
     """Call in a worker thread; return the result and the seconds it took there."""
-
     limiter = scope.run.threads(scope.engine.max_workers)
-    in_thread = ThreadCall(call)
-    token = thread_call.set(in_thread)
-    try:
-        # Always "abandon": what happens to a thread that runs on is decided here, not by a shielded scope,
-        # into which asyncio's own task.cancel() would reach.
-        return await anyio.to_thread.run_sync(in_thread.run, abandon_on_cancel=True, limiter=limiter)
-    except anyio.get_cancelled_exc_class():
-        if not in_thread.give_up():
-            if step.node.timeout is None:
-                await in_thread.ended()
-            else:
-                logger.warning(
-                    "node %r was given up, but Python cannot stop its thread: it runs on until it returns; "
-                    "run_in='process' can be stopped",
-                    step.name,
-                )
-        raise
-    finally:
-        thread_call.reset(token)
+    if step.node.timeout is None:
+        return await in_thread(call, limiter)
+    return await in_thread(call, limiter, given_up=partial(_warn_of_thread, step.name))
+
+
+def _warn_of_thread(name: str) -> None:
+    logger.warning(
+        "node %r was given up, but Python cannot stop its thread: it runs on until it returns; "
+        "run_in='process' can be stopped",
+        name,
+    )
 
 
 async def _collect(

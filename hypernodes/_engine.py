@@ -21,11 +21,12 @@ from hypernodes._crew import Crew
 from hypernodes._feed import Feed, ListFeed
 from hypernodes._frontier import Frontier
 from hypernodes._map_run import Columns, MapRun, RunItem
-from hypernodes._mapping import MapSpec, listed_rows
+from hypernodes._mapping import MapSpec, Path, listed_rows
 from hypernodes._node import checked_count
 from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, BoundStep, Places, Program, bind
-from hypernodes._run import DEFAULT_THREADS, Job, Mode, Run, Scope, Sink
+from hypernodes._run import Job, Mode, Run, Scope, Sink
+from hypernodes._threads import DEFAULT_THREADS
 from hypernodes.errors import DefinitionError, NodeTimeoutError
 
 _MODES = ("sequential", "async", "threaded", "parallel")
@@ -212,12 +213,15 @@ async def run_steps(
     watched = scope.emit is not None
     in_order = program.linear or scope.engine.node_execution == "sequential"
     done = 0
+    at = scope.at(index)
     before = perf_counter()
     for step in program.steps:
         if step.direct_sync and step.cost.inline:
             # The hottest path: a cheap function, called right here.
+            path = (*at, step.name)
             if watched:
-                _tell_started(scope, step, values, index)
+                _tell_started(scope, step, values, path)
+                before = perf_counter()
             try:
                 if step.arity == 1:
                     result = step.func(values[step.slots[0]])
@@ -230,19 +234,34 @@ async def run_steps(
                 else:
                     unpack(step, values, result)
             except Exception as error:
-                _tell_failed(scope, step, index, error)
+                _tell_failed(scope, path, error)
                 raise
             now = perf_counter()
             if now - before > CHEAP_S:
                 step.cost.doubted(now - before)
             if watched:
-                _tell_finished(scope, step, values, index, now - before)
+                _tell_finished(scope, step, values, path, now - before)
                 now = perf_counter()
             before = now
         elif in_order:
             if window is not None and window.hungry:
                 window.grow()
-            await _run_step(scope, step, values, index)
+            if step.direct_async and not watched:
+                # Likewise an async one: each coroutine in between would cost half a microsecond.
+                try:
+                    if step.arity == 1:
+                        result = await step.func(values[step.slots[0]])
+                    else:
+                        result = await step.func(*step.arguments(values), **step.keyword_arguments(values))
+                    if step.target >= 0:
+                        values[step.target] = result
+                    else:
+                        unpack(step, values, result)
+                except Exception as error:
+                    _tell_failed(scope, (*at, step.name), error)
+                    raise
+            else:
+                await _run_step(scope, step, values, index)
             before = now = perf_counter()
         else:
             await _side_by_side(scope, program, values, index, window, done)
@@ -291,37 +310,39 @@ async def _run_step(scope: Scope, step: BoundStep, values: list[Any], index: int
             scope.run.blame(error, (*scope.at(index), step.name))
             raise
         return
-    _tell_started(scope, step, values, index)
+    path = (*scope.at(index), step.name)
+    _tell_started(scope, step, values, path)
     began = perf_counter()
     try:
         await _perform(scope, step, values, index)
     except Exception as error:
-        _tell_failed(scope, step, index, error)
+        _tell_failed(scope, path, error)
         raise
     except BaseException:
         if ev.NodeCancelled in scope.emit.kinds:
-            scope.emit(ev.NodeCancelled(scope.run.run_id, (*scope.at(index), step.name), time.time()))
+            scope.emit(ev.NodeCancelled(scope.run.run_id, path, time.time()))
         raise
-    _tell_finished(scope, step, values, index, perf_counter() - began)
+    _tell_finished(scope, step, values, path, perf_counter() - began)
 
 
-def _tell_started(scope: Scope, step: BoundStep, values: list[Any], index: int | None) -> None:
+_new: Any = tuple.__new__
+"""Makes an event without the call that a NamedTuple's own constructor is (0.2 of 0.35 microseconds)."""
+
+
+def _tell_started(scope: Scope, step: BoundStep, values: list[Any], path: Path) -> None:
     emit = scope.emit
     if emit is not None and ev.NodeStarted in emit.kinds:
-        path = (*scope.at(index), step.name)
-        emit(ev.NodeStarted(scope.run.run_id, path, time.time(), step.inputs(values)))
+        emit(_new(ev.NodeStarted, (scope.run.run_id, path, time.time(), step.inputs(values))))
 
 
-def _tell_finished(scope: Scope, step: BoundStep, values: list[Any], index: int | None, seconds: float) -> None:
+def _tell_finished(scope: Scope, step: BoundStep, values: list[Any], path: Path, seconds: float) -> None:
     emit = scope.emit
     if emit is not None and ev.NodeFinished in emit.kinds:
-        path = (*scope.at(index), step.name)
-        emit(ev.NodeFinished(scope.run.run_id, path, time.time(), step.outputs(values), seconds))
+        emit(_new(ev.NodeFinished, (scope.run.run_id, path, time.time(), step.outputs(values), seconds)))
 
 
-def _tell_failed(scope: Scope, step: BoundStep, index: int | None, error: Exception) -> None:
+def _tell_failed(scope: Scope, path: Path, error: Exception) -> None:
     """Note on an error where it began, and emit its event."""
-    path = (*scope.at(index), step.name)
     origin = scope.run.blame(error, path)
     if scope.emit is not None and ev.NodeFailed in scope.emit.kinds:
         scope.emit(ev.NodeFailed(scope.run.run_id, path, time.time(), error, origin))

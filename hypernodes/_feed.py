@@ -7,10 +7,10 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Ma
 from typing import Any, Protocol
 
 import anyio
-import anyio.to_thread
 
 from hypernodes._cost import CHEAP_S, ON_LOOP, Cost
 from hypernodes._mapping import MapSpec, Rows, listed_rows, refuse_unmappable
+from hypernodes._threads import default_threads, in_thread
 from hypernodes.errors import MapInputError
 
 END: Any = object()
@@ -97,14 +97,9 @@ class _SyncColumn:
             if seconds > CHEAP_S:
                 cost.doubted(seconds)
             return value
-        value, seconds = await anyio.to_thread.run_sync(self._measured)
+        value, seconds = await in_thread(lambda: next(self._iterator, END), default_threads())
         cost.measured(seconds)
         return value
-
-    def _measured(self) -> tuple[Any, float]:
-        began = time.perf_counter()
-        value = next(self._iterator, END)
-        return value, time.perf_counter() - began
 
     async def aclose(self) -> None:
         close = getattr(self._iterator, "close", None)

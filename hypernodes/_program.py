@@ -57,6 +57,8 @@ class BoundCall:
 
     def inputs(self, values: list[Any]) -> dict[str, Any]:
         """Return the arguments by name."""
+        if self.arity == 1:
+            return {self.parameters[0][0]: values[self.slots[0]]}
         return {name: values[slot] for name, slot in self.parameters}
 
     def keyword_arguments(self, values: list[Any]) -> dict[str, Any]:

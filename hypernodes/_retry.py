@@ -21,7 +21,7 @@ class RetryPolicy:
         on: the exception types that are worth another attempt; any other fails at once. Cancellation,
             ``KeyboardInterrupt`` and ``SystemExit`` are never retried.
         wait_s: seconds before the second attempt; doubled before each one after it.
-        max_wait_s: the longest wait, in seconds.
+        max_wait_s: the longest wait, in seconds, before jitter.
         jitter_s: up to this many random seconds are added to each wait, so that items that failed
             together do not come back together.
     """
@@ -65,9 +65,8 @@ class RetryPolicy:
 
         return tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.attempts),
-            wait=tenacity.wait_exponential_jitter(
-                initial=self.wait_s, max=self.max_wait_s, jitter=self.jitter_s
-            ),
+            wait=tenacity.wait_exponential(multiplier=self.wait_s, max=self.max_wait_s)
+            + tenacity.wait_random(0, self.jitter_s),
             retry=tenacity.retry_if_exception_type(self.on),
             sleep=anyio.sleep,
             before_sleep=before_sleep,

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anyio
-from anyio.lowlevel import RunVar, checkpoint
+from anyio.lowlevel import checkpoint
 
 from hypernodes._feed import Feed
 from hypernodes._mapping import ItemFailure, MapSpec, Path
 from hypernodes._node import Node
 from hypernodes._plan import INHERIT, ExecutionPlan
 from hypernodes._program import BoundCall, Program
+from hypernodes._threads import default_threads
 from hypernodes.errors import DefinitionError
 from hypernodes.events import Emit, format_path
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 SLICE_S = 0.003
 """Seconds of work on the loop after which a run lets others have it."""
-DEFAULT_THREADS = 64
-_default_threads: RunVar[anyio.CapacityLimiter] = RunVar("hypernodes_threads")
 
 Bound = anyio.Semaphore | anyio.CapacityLimiter
 BoundKey = Node[..., Any] | tuple[ExecutionPlan, str] | str
@@ -139,6 +138,8 @@ class Run:
 
     async def breathe(self) -> None:
         """Let the loop's other tasks have a turn, and be cancelled if that is due."""
+        # Moved on before waiting, so that the run's other tasks do not all stop here in the same turn.
+        self.yield_at = time.perf_counter() + SLICE_S
         await checkpoint()
         self.yield_at = time.perf_counter() + SLICE_S
 
@@ -157,12 +158,7 @@ class Run:
             if limiter is None:
                 limiter = self._threads[max_workers] = anyio.CapacityLimiter(max_workers)
             return limiter
-        try:
-            return _default_threads.get()
-        except LookupError:
-            limiter = anyio.CapacityLimiter(DEFAULT_THREADS)
-            _default_threads.set(limiter)
-            return limiter
+        return default_threads()
 
     def workers(self, max_workers: int | None) -> Workers:
         """Return this run's worker processes."""

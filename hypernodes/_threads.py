@@ -10,8 +10,48 @@ from contextvars import ContextVar
 from typing import Any, Literal
 
 import anyio
+import anyio.to_thread
+from anyio.lowlevel import RunVar
 
+DEFAULT_THREADS = 64
 _POLL_S = 0.005
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("hypernodes_threads")
+
+
+def default_threads() -> anyio.CapacityLimiter:
+    """Return this event loop's limiter: ours alone, not the one that anyio shares with other libraries."""
+    try:
+        return _limiter.get()
+    except LookupError:
+        limiter = anyio.CapacityLimiter(DEFAULT_THREADS)
+        _limiter.set(limiter)
+        return limiter
+
+
+async def in_thread(
+    call: Callable[[], Any], limiter: anyio.CapacityLimiter, given_up: Callable[[], None] | None = None
+) -> tuple[Any, float]:
+    """Call in a worker thread; return the result and the seconds it took there.
+
+    When cancelled it waits for the thread, which Python cannot stop; with ``given_up`` it calls that instead
+    and leaves the thread to run on.
+    """
+    in_thread = ThreadCall(call)
+    token = thread_call.set(in_thread)
+    try:
+        # Always "abandon": what happens to a thread that runs on is decided here, not by a shielded scope,
+        # into which asyncio's own task.cancel() would reach.
+        return await anyio.to_thread.run_sync(in_thread.run, abandon_on_cancel=True, limiter=limiter)
+    except anyio.get_cancelled_exc_class():
+        if in_thread.give_up():
+            raise
+        if given_up is None:
+            await in_thread.ended()
+        else:
+            given_up()
+        raise
+    finally:
+        thread_call.reset(token)
 
 
 class ThreadCall:

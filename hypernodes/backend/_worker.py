@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -45,6 +46,7 @@ class Channel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._sending = threading.Lock()
 
     def receive(self) -> Parts:
         """Read one frame; the parent's end of file is this process's end."""
@@ -71,8 +73,9 @@ class Channel:
 
     def send_parts(self, parts: Parts) -> None:
         """Write one frame that is pickled already."""
-        for piece in frame(parts):
-            self._connection.sendall(piece)
+        with self._sending:
+            for piece in frame(parts):
+                self._connection.sendall(piece)
 
 
 class RemoteBound:
@@ -127,6 +130,10 @@ class Outbox:
         self._items: list[Finished] = []
         self._events: list[ev.Event] = []
         self._sent_at = 0.0
+        self._closed = False
+        self._flushing = threading.Lock()
+        self._pending = threading.Event()
+        threading.Thread(target=self._flush_late, name="hypernodes-outbox", daemon=True).start()
 
     def __call__(self, event: ev.Event, /) -> None:
         self._events.append(event)
@@ -157,19 +164,38 @@ class Outbox:
 
     def flush(self) -> None:
         """Send what there is."""
-        items, self._items = self._items, []
-        events, self._events = self._events, []
-        self._sent_at = time.monotonic()
-        if not items and not events:
-            return
-        try:
-            parts = dumps(("results", items, events))
-        except Exception:  # noqa: BLE001 - find out which one cannot be sent
-            parts = dumps(("results", [self._sendable(item) for item in items], [e for e in events if _sendable(e)]))
-        self._channel.send_parts(parts)
+        with self._flushing:
+            items, self._items = self._items, []
+            events, self._events = self._events, []
+            self._sent_at = time.monotonic()
+            if not items and not events:
+                return
+            try:
+                parts = dumps(("results", items, events))
+            except Exception:  # noqa: BLE001 - find out which one cannot be sent
+                sendable = [event for event in events if _sendable(event)]
+                parts = dumps(("results", [self._sendable(item) for item in items], sendable))
+            self._channel.send_parts(parts)
+
+    def close(self) -> None:
+        """End the thread that sends late."""
+        self._closed = True
+        self._pending.set()
 
     def _send_in_time(self) -> None:
         if time.monotonic() - self._sent_at > FLUSH_S:
+            self.flush()
+        else:
+            self._pending.set()
+
+    def _flush_late(self) -> None:
+        """Send what would otherwise wait for a long call to end; runs in a thread of its own."""
+        while True:
+            self._pending.wait()
+            self._pending.clear()
+            if self._closed:
+                return
+            time.sleep(FLUSH_S)
             self.flush()
 
     def _sendable(self, item: Finished) -> Finished:
@@ -247,6 +273,7 @@ class MapHere:
 
     async def aclose(self) -> None:
         """Stop what its run has started."""
+        self._outbox.close()
         await self._scope.run.aclose()
 
 
