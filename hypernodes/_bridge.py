@@ -50,6 +50,7 @@ def iterate_sync(open_stream: Callable[[], AbstractAsyncContextManager[AsyncIter
     """Open an async stream on a loop in another thread and iterate over it from this one."""
     opened = open_stream()
     with (
+        _interruptible(),
         anyio.from_thread.start_blocking_portal() as portal,
         portal.wrap_async_context_manager(opened) as stream,
     ):
@@ -60,6 +61,21 @@ def iterate_sync(open_stream: Callable[[], AbstractAsyncContextManager[AsyncIter
                 yield from batch
 
         yield items()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt in a block inside a running loop, which asyncio would only note."""
+    handler = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not callable(handler) or not _loop_is_running():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _call(portal: BlockingPortal, call: Callable[[], Awaitable[R]]) -> R:

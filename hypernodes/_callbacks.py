@@ -133,7 +133,7 @@ _HOOKS_OF: dict[type, tuple[str, ...]] = {
     ev.ItemStarted: ("on_map_item_start",),
     ev.ItemFinished: ("on_map_item_end",),
 }
-_HOOK_NAMES = tuple(name for names in _HOOKS_OF.values() for name in names)
+HOOK_NAMES = tuple(name for names in _HOOKS_OF.values() for name in names)
 _IN_A_NODE = frozenset({ev.NodeStarted, ev.NodeFinished, ev.NodeFailed, ev.NodeChunk})
 _MOST_PLACES = 32
 _INDEX = re.compile(r"\[\d+\]")
@@ -243,7 +243,7 @@ class _Level:
         self.callbacks = callbacks
         self.hooks: dict[str, list[tuple[Hook, object]]] = {}
         for callback in callbacks:
-            for name in _HOOK_NAMES:
+            for name in HOOK_NAMES:
                 hook = _hook(callback, name)
                 if hook is not None:
                     self.hooks.setdefault(name, []).append((hook, callback))

@@ -6,6 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,9 @@ import anyio
 import anyio.from_thread
 
 from hypernodes import events as ev
+from hypernodes._context import await_in_copy
 from hypernodes._cost import CHEAP_S
+from hypernodes._feed import END
 from hypernodes._mapping import Path
 from hypernodes._program import BoundCall
 from hypernodes._run import Scope, held
@@ -59,32 +62,34 @@ async def _attempt(scope: Scope, step: BoundCall, values: list[Any], index: int 
 async def _in_time(scope: Scope, step: BoundCall, values: list[Any], index: int | None) -> Any:
     seconds = step.node.timeout
     if seconds is None:
-        return await _placed(scope, step, values, index)
+        return await _placed(scope, step, values, index, None)
     result = _UNSET
     with anyio.move_on_after(seconds) as deadline:
-        result = await _placed(scope, step, values, index)
+        result = await _placed(scope, step, values, index, deadline)
     if result is _UNSET and deadline.cancelled_caught:
         raise NodeTimeoutError(f"node {step.name!r} did not finish within {seconds:g} s")
     return result
 
 
-async def _placed(scope: Scope, step: BoundCall, values: list[Any], index: int | None) -> Any:
+async def _placed(
+    scope: Scope, step: BoundCall, values: list[Any], index: int | None, deadline: anyio.CancelScope | None
+) -> Any:
     arguments = step.arguments(values)
     keywords = step.keyword_arguments(values)
     match step.node.kind:
         case "async":
-            return await step.func(*arguments, **keywords)
+            return await await_in_copy(step.func(*arguments, **keywords))
         case "async_generator":
-            return await _collect_async(scope, step, step.func(*arguments, **keywords), index)
+            return await await_in_copy(_collect_async(scope, step, step.func(*arguments, **keywords), index))
     if step.place == "process":
         path = (*scope.at(index), step.name)
         workers = scope.run.workers(scope.engine.max_workers)
         return await workers.call(step, arguments, keywords, path, partial(_tell_chunk, scope, step, index))
     if step.node.kind == "generator":
-        return await _collect(scope, step, arguments, keywords, index)
+        return await _collect(scope, step, arguments, keywords, index, deadline)
     if step.cost.inline:
         return await _inline(step, arguments, keywords)
-    result, seconds = await _in_thread(scope, step, lambda: step.func(*arguments, **keywords))
+    result, seconds = await _in_thread(scope, step, lambda: step.func(*arguments, **keywords), deadline)
     if inspect.isawaitable(result):
         # A sync function that hands out a coroutine, such as a decorated async one: finish it here.
         return await result
@@ -94,38 +99,48 @@ async def _placed(scope: Scope, step: BoundCall, values: list[Any], index: int |
 
 async def _inline(step: BoundCall, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     began = time.perf_counter()
-    result = step.func(*arguments, **keywords)
+    result = copy_context().run(step.func, *arguments, **keywords)
     seconds = time.perf_counter() - began
     if seconds > CHEAP_S:
         step.cost.doubted(seconds)
     return await result if inspect.isawaitable(result) else result
 
 
-async def _in_thread(scope: Scope, step: BoundCall, call: Callable[[], Any]) -> tuple[Any, float]:
+async def _in_thread(
+    scope: Scope, step: BoundCall, call: Callable[[], Any], deadline: anyio.CancelScope | None
+) -> tuple[Any, float]:
     """Call in a worker thread; return the result and the seconds it took there."""
-    limiter = scope.run.threads(scope.engine.max_workers)
-    if step.node.timeout is None:
-        return await in_thread(call, limiter)
-    return await in_thread(call, limiter, given_up=partial(_warn_of_thread, step.name))
 
+    def leave() -> bool:
+        # Past its deadline a thread is left to itself, or one that hangs would hold the run for ever.
+        if deadline is None or not deadline.cancel_called:
+            return False
+        logger.warning(
+            "node %r was given up, but Python cannot stop its thread: it runs on until it returns; "
+            "run_in='process' can be stopped",
+            step.name,
+        )
+        return True
 
-def _warn_of_thread(name: str) -> None:
-    logger.warning(
-        "node %r was given up, but Python cannot stop its thread: it runs on until it returns; "
-        "run_in='process' can be stopped",
-        name,
-    )
+    return await in_thread(call, scope.run.threads(scope.engine.max_workers), leave)
 
 
 async def _collect(
-    scope: Scope, step: BoundCall, arguments: tuple[Any, ...], keywords: dict[str, Any], index: int | None
+    scope: Scope,
+    step: BoundCall,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    index: int | None,
+    deadline: anyio.CancelScope | None,
 ) -> list[Any]:
     """Read a generator into a list; between pieces it can be cancelled, also in a thread."""
     pieces: list[Any] = []
     wanted = scope.wants(ev.NodeChunk)
     if step.cost.inline:
         began = time.perf_counter()
-        for piece in step.func(*arguments, **keywords):
+        run = copy_context().run
+        source = run(step.func, *arguments, **keywords)
+        while (piece := run(next, source, END)) is not END:
             pieces.append(piece)
             if wanted:
                 _tell_chunk(scope, step, index, piece)
@@ -143,7 +158,7 @@ async def _collect(
             if wanted:
                 anyio.from_thread.run_sync(_tell_chunk, scope, step, index, piece)
 
-    _, seconds = await _in_thread(scope, step, read)
+    _, seconds = await _in_thread(scope, step, read, deadline)
     step.cost.measured(seconds)
     return pieces
 

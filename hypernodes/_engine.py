@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextvars import copy_context
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -16,6 +17,7 @@ import anyio
 
 from hypernodes import events as ev
 from hypernodes._calls import call_node, unpack
+from hypernodes._context import await_in_copy
 from hypernodes._cost import CHEAP_S
 from hypernodes._crew import Crew
 from hypernodes._feed import Feed, ListFeed
@@ -224,11 +226,13 @@ async def run_steps(
                 before = perf_counter()
             try:
                 if step.arity == 1:
-                    result = step.func(values[step.slots[0]])
+                    result = copy_context().run(step.func, values[step.slots[0]])
                 elif step.arity >= 0:
-                    result = step.func(*step.arguments(values))
+                    result = copy_context().run(step.func, *step.arguments(values))
                 else:
-                    result = step.func(*step.arguments(values), **step.keyword_arguments(values))
+                    result = copy_context().run(
+                        step.func, *step.arguments(values), **step.keyword_arguments(values)
+                    )
                 if step.target >= 0:
                     values[step.target] = result
                 else:
@@ -250,9 +254,10 @@ async def run_steps(
                 # Likewise an async one: each coroutine in between would cost half a microsecond.
                 try:
                     if step.arity == 1:
-                        result = await step.func(values[step.slots[0]])
+                        result = await await_in_copy(step.func(values[step.slots[0]]))
                     else:
-                        result = await step.func(*step.arguments(values), **step.keyword_arguments(values))
+                        coroutine = step.func(*step.arguments(values), **step.keyword_arguments(values))
+                        result = await await_in_copy(coroutine)
                     if step.target >= 0:
                         values[step.target] = result
                     else:
@@ -353,7 +358,7 @@ async def _perform(scope: Scope, step: BoundStep, values: list[Any], index: int 
         await _run_nested(scope, step, values, index)
         return
     if step.direct_async:
-        result = await step.func(*step.arguments(values), **step.keyword_arguments(values))
+        result = await await_in_copy(step.func(*step.arguments(values), **step.keyword_arguments(values)))
     else:
         result = await call_node(scope, step, values, index)
     if step.target >= 0:

@@ -7,6 +7,7 @@ from typing import Any
 
 import anyio
 
+from hypernodes._callbacks import HOOK_NAMES
 from hypernodes._node import REQUIRED, checked_count
 from hypernodes._plan import ExecutionPlan, describe, needed_steps
 from hypernodes.backend import Backend
@@ -30,6 +31,8 @@ def checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
     for each in checked:
         if isinstance(each, type):
             raise DefinitionError(f"callbacks takes instances: write {each.__name__}()")
+        if not any(hasattr(each, name) for name in HOOK_NAMES):
+            raise DefinitionError(f"{each!r} has none of the hooks of a PipelineCallback, so it would never be called")
     return checked
 
 
@@ -59,7 +62,11 @@ def merged_inputs(inputs: Mapping[str, Any] | None, keywords: Mapping[str, Any])
 
 def wanted_names(output_name: str | Sequence[str]) -> tuple[str, ...]:
     """Return the outputs that a call asks for."""
-    return (output_name,) if isinstance(output_name, str) else tuple(dict.fromkeys(output_name))
+    single = isinstance(output_name, str) or not isinstance(output_name, Iterable)
+    names = (output_name,) if single else tuple(output_name)
+    if not all(isinstance(name, str) for name in names):
+        raise DependencyError(f"output_name is the name of an output, or a list of names, not {output_name!r}")
+    return tuple(dict.fromkeys(names))
 
 
 def check_call(plan: ExecutionPlan, given: Mapping[str, Any], wanted: tuple[str, ...] | None) -> None:

@@ -410,7 +410,9 @@ class Pipeline:
         ``async with pipeline.astream({"url": urls}, "url") as items:`` gives an async iterator of
         ``ItemResult(index, outputs, error)``. The mapped inputs may be any iterables or async iterables,
         endless ones too: at most ``max_concurrency`` items are taken from them and not yet handed over, so a
-        slow consumer slows the source. Leaving the block cancels what still runs and closes the source.
+        slow consumer slows the source. Leaving the block cancels what still runs and closes the source. A sync
+        source is read in worker threads unless it is quick, so one that belongs to its thread (a sqlite3
+        cursor) must be told otherwise (``check_same_thread=False``).
 
         Args:
             inputs: values by name; those in ``map_over`` are iterables.

@@ -29,12 +29,11 @@ def default_threads() -> anyio.CapacityLimiter:
 
 
 async def in_thread(
-    call: Callable[[], Any], limiter: anyio.CapacityLimiter, given_up: Callable[[], None] | None = None
+    call: Callable[[], Any], limiter: anyio.CapacityLimiter, leave: Callable[[], bool] = lambda: False
 ) -> tuple[Any, float]:
     """Call in a worker thread; return the result and the seconds it took there.
 
-    When cancelled it waits for the thread, which Python cannot stop; with ``given_up`` it calls that instead
-    and leaves the thread to run on.
+    When cancelled it waits for the thread, which Python cannot stop, unless ``leave`` says to let it run on.
     """
     in_thread = ThreadCall(call)
     token = thread_call.set(in_thread)
@@ -43,12 +42,8 @@ async def in_thread(
         # into which asyncio's own task.cancel() would reach.
         return await anyio.to_thread.run_sync(in_thread.run, abandon_on_cancel=True, limiter=limiter)
     except anyio.get_cancelled_exc_class():
-        if in_thread.give_up():
-            raise
-        if given_up is None:
+        if not in_thread.give_up() and not leave():
             await in_thread.ended()
-        else:
-            given_up()
         raise
     finally:
         thread_call.reset(token)

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from hypernodes._crew import Crew
+from hypernodes._engine import PipelineExecutionEngine
 from hypernodes._feed import END, Feed
 from hypernodes._map_run import Failures
 from hypernodes._mapping import MapSpec
 from hypernodes._plan import ExecutionPlan, PlanStep
 from hypernodes._program import BoundPlan, Program
 from hypernodes._run import Bound, BoundKey, Mode, Scope, Sink, held
-from hypernodes.backend._wire import Travelling, load_error, packed_checked
-from hypernodes.errors import WorkerCrashedError
+from hypernodes.backend._wire import Travelling, load_error, packed, packed_checked
+from hypernodes.errors import SerializationError, WorkerCrashedError
 from hypernodes.events import Event, format_path
 
 if TYPE_CHECKING:
@@ -83,8 +84,9 @@ class ChunkedMap:
         items_at_once = scope.engine.items_at_once(spec)
         lanes = min(pool.size, spec.max_concurrency or pool.size, total if total is not None else pool.size)
         self._lanes = max(1, lanes)
-        self._limit = max(1, items_at_once // self._lanes)
-        self._least = self._limit if _waits(program) else 1
+        # Items that never wait run one at a time in each worker, and it is known which one killed it.
+        self._limit = max(1, items_at_once // self._lanes) if _waits(program) else 1
+        self._least = self._limit
         self._size = self._least
         self._inputs = inputs
         self._wanted = tuple(name for name, _ in program.outputs)
@@ -117,7 +119,7 @@ class ChunkedMap:
             "inputs": self._inputs,
             "path": scope.path,
             "kinds": scope.emit.kinds if scope.emit is not None else frozenset(),
-            "engine": replace(scope.engine, node_execution=_inner(scope.engine.node_execution), map_execution="async"),
+            "engine": PipelineExecutionEngine(_inner(scope.engine.node_execution), "async", 1, scope.engine.max_concurrency),
             "keys": self._keys,
             "limits": limits,
             "wanted": self._wanted,
@@ -125,17 +127,25 @@ class ChunkedMap:
             "limit": self._limit,
         }
         named = {f"inputs[{name!r}]": value for name, value in self._inputs.items()}
-        named |= {step.name: step for step in self._plan.steps}
+        named |= _functions(self._plan)
         return packed_checked(description, named, self._plan.label)
 
-    def packed_rows(self, chunk: Chunk) -> list[Any]:
-        """Return a chunk's rows, pickled."""
-        named = {
-            f"{name}[{chunk.first + position}]": value
-            for position, row in enumerate(chunk.rows)
-            for name, value in zip(self._spec.over, row, strict=True)
-        }
-        return packed_checked(chunk.rows, named, f"an item of {self._plan.label}")
+    def packed_rows(self, chunk: Chunk) -> list[Any] | None:
+        """Return a chunk's rows, pickled; None when some cannot be: they fail, and the others are tried again."""
+        try:
+            return packed(chunk.rows)
+        except Exception:  # noqa: BLE001 - pickling runs the user's code; find out which row it was
+            for position, row in enumerate(chunk.rows):
+                index = chunk.first + position
+                named = {f"{name}[{index}]": value for name, value in zip(self._spec.over, row, strict=True)}
+                try:
+                    packed_checked(row, named, f"item {index} of {self._plan.label}")
+                except SerializationError as error:
+                    self.scope.run.blame(error, self.scope.at(index))
+                    self.failed(chunk, index, error)
+                else:
+                    self._redo.append(Chunk(index, [row], chunk.crashes))
+            return None
 
     async def _lane(self, crew: Crew) -> None:
         """Give chunks to one worker after another, until there is nothing left to do."""
@@ -275,8 +285,11 @@ class _Lane:
 
     async def _run_chunk(self, crew: Crew, chunk: Chunk) -> None:
         worker, chunked = self._worker, self._map
+        rows = chunked.packed_rows(chunk)
+        if rows is None:
+            return
         worker.board[: len(chunk.rows)] = bytes(len(chunk.rows))
-        await worker.send("chunk", chunk.first, chunked.packed_rows(chunk))
+        await worker.send("chunk", chunk.first, rows)
         while True:
             kind, *message = await worker.receive()
             match kind:
@@ -313,6 +326,14 @@ def _waits(program: Program) -> bool:
         _waits(step.program) if isinstance(step, BoundPlan) else step.node.kind in ("async", "async_generator")
         for step in program.steps
     )
+
+
+def _functions(plan: ExecutionPlan) -> dict[str, Any]:
+    """Return the functions of a plan by name, for finding the one that cannot be pickled."""
+    named: dict[str, Any] = {}
+    for step in plan.steps:
+        named |= _functions(step.plan) if isinstance(step, PlanStep) else {step.name: step.node.func}
+    return named
 
 
 def _crash_attempts(program: Program) -> int:

@@ -187,7 +187,7 @@ class WorkerPool:
         async with self.worker() as worker:
             known = number in worker.funcs
             try:
-                await worker.send("call", number, None if known else func, sent)
+                await worker.send("call", number, step.name, None if known else func, sent)
                 worker.funcs[number] = step.node
                 while True:
                     kind, value = await worker.receive()

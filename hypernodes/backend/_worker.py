@@ -5,19 +5,24 @@ It ends when its parent does: the socket's end of file kills the process and all
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import math
 import mmap
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 
 from hypernodes import events as ev
 from hypernodes._engine import PipelineExecutionEngine, item_runner
@@ -84,18 +89,30 @@ class RemoteBound:
     def __init__(self, channel: Channel, number: int) -> None:
         self._channel = channel
         self._number = number
-        self._waiting: list[anyio.Event] = []
+        self._waiting: deque[anyio.Event | None] = deque()
 
     async def acquire(self) -> None:
         """Ask the parent for a token and wait for it."""
         granted = anyio.Event()
         self._waiting.append(granted)
         self._channel.send("acquire", self._number)
-        await granted.wait()
+        try:
+            await granted.wait()
+        except BaseException:
+            if granted.is_set():
+                self.release()
+            else:
+                # The parent will grant it all the same; it goes back at once.
+                self._waiting[self._waiting.index(granted)] = None
+            raise
 
     def granted(self) -> None:
         """Wake the one that has waited longest."""
-        self._waiting.pop(0).set()
+        first = self._waiting.popleft()
+        if first is None:
+            self.release()
+        else:
+            first.set()
 
     def release(self) -> None:
         """Give a token back."""
@@ -200,18 +217,26 @@ class Outbox:
 
     def _sendable(self, item: Finished) -> Finished:
         index, outputs, error = item
-        if outputs is None:
-            return item
-        for name, value in zip(self._wanted, outputs, strict=True):
-            try:
-                dumps(value)
-            except Exception as reason:  # noqa: BLE001 - pickling runs the user's code
-                unsendable = SerializationError(
-                    f"output {name!r} of item {index} is a {type(value).__name__} that cannot be sent back "
-                    f"from a worker process ({reason})"
-                )
-                return index, None, dump_error(unsendable, None)
+        try:
+            for name, value in zip(self._wanted, outputs or (), strict=False):
+                sendable(value, value, f"output {name!r} of item {index}")
+        except SerializationError as unsendable:
+            return index, None, dump_error(unsendable, None)
         return index, outputs, error
+
+
+def sendable(message: Any, value: Any, what: str) -> Parts:
+    """Pickle a message for the parent.
+
+    Raises:
+        SerializationError: the value in it cannot be pickled.
+    """
+    try:
+        return dumps(message)
+    except Exception as error:
+        raise SerializationError(
+            f"{what} is a {type(value).__name__} that cannot be sent back from a worker process ({error})"
+        ) from error
 
 
 def _sendable(event: ev.Event) -> bool:
@@ -238,7 +263,7 @@ class MapHere:
         remote = dict(zip(keys, self.bounds, strict=True))
         limits = {name: self.bounds[number] for name, number in described["limits"].items()}
         given = frozenset(inputs) | set(self._spec.over)
-        self._program = bind(plan, given, described["wanted"], Places("loop", "loop"))
+        self._program = bind(plan, given, described["wanted"], Places())
         self._template = self._program.template.copy()
         for name, value in inputs.items():
             self._template[self._program.slots[name]] = value
@@ -285,12 +310,22 @@ class Worker:
         self._board = board
         self._funcs: dict[int, Any] = {}
         self._map: MapHere | None = None
+        self.calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        """Sync calls for the main thread, where signals and other people's loops work."""
 
     async def serve(self) -> None:
-        """Read messages until the parent goes away."""
-        async with anyio.create_task_group() as group:
+        """Handle messages until the parent goes away."""
+        send, receive = anyio.create_memory_object_stream[Parts](math.inf)
+        loop = asyncio.get_running_loop()
+
+        def read() -> None:
+            # Reads on whatever the loop does, so that the parent's end is always noticed.
             while True:
-                parts = await anyio.to_thread.run_sync(self._channel.receive, abandon_on_cancel=True)
+                loop.call_soon_threadsafe(send.send_nowait, self._channel.receive())
+
+        threading.Thread(target=read, name="hypernodes-reader", daemon=True).start()
+        async with anyio.create_task_group() as group, receive:
+            async for parts in receive:
                 kind, *message = loads(parts)
                 match kind:
                     case "granted":
@@ -303,24 +338,46 @@ class Worker:
                     case "chunk":
                         group.start_soon(self._chunk, *message)
 
-    async def _call(self, number: int, func: Parts | None, arguments: Parts) -> None:
+    async def _call(self, number: int, name: str, func: Parts | None, arguments: Parts) -> None:
         try:
             if func is not None:
                 self._funcs[number] = loads(func)
             positional, keywords = loads(arguments)
-            made = self._funcs[number](*positional, **keywords)
-            if hasattr(made, "__await__"):
+            call = partial(self._funcs[number], *positional, **keywords)
+            made = await self._in_main_thread(partial(self._drained, name, call))
+            if inspect.isawaitable(made):
                 made = await made
-            if hasattr(made, "send") and hasattr(made, "gi_frame"):
-                pieces = []
-                for piece in made:
-                    pieces.append(piece)
-                    self._channel.send("piece", piece)
-                made = None
-            reply = dumps(("returned", made))
+            reply = sendable(("returned", made), made, f"the output of node {name!r}")
         except BaseException as error:  # noqa: BLE001 - it is raised in the parent
             reply = dumps(("raised", dump_error(error, None)))
         self._channel.send_parts(reply)
+
+    async def _in_main_thread(self, call: Callable[[], Any]) -> Any:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = call()
+            except BaseException as error:  # noqa: BLE001 - raised where the call is awaited
+                loop.call_soon_threadsafe(done.set_result, (None, error))
+            else:
+                loop.call_soon_threadsafe(done.set_result, (result, None))
+
+        self.calls.put(run)
+        result, error = await done
+        if error is not None:
+            raise error
+        return result
+
+    def _drained(self, name: str, call: Callable[[], Any]) -> Any:
+        """Call; send the pieces of a generator one by one."""
+        made = call()
+        if not inspect.isgenerator(made):
+            return made
+        for piece in made:
+            self._channel.send_parts(sendable(("piece", piece), piece, f"a piece that node {name!r} yields"))
+        return None
 
     async def _open_map(self, parts: Parts) -> None:
         try:
@@ -351,4 +408,7 @@ def main(socket_fd: int, board_fd: int) -> None:
     os.close(board_fd)
     # What a module prints at import or a function while it runs goes to the user's own streams, at once.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    anyio.run(Worker(Channel(connection), board).serve)
+    worker = Worker(Channel(connection), board)
+    threading.Thread(target=anyio.run, args=(worker.serve,), name="hypernodes-worker", daemon=True).start()
+    while True:
+        worker.calls.get()()

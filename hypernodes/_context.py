@@ -1,0 +1,32 @@
+"""Each node sees the context variables of the run's caller, and keeps to itself what it sets.
+
+A function in a thread has a copy of the context anyway. One that is called right here gets one too, by
+``copy_context().run`` or by the function below, so that where a node runs makes no difference.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Coroutine, Generator
+from contextvars import copy_context
+from typing import Any
+
+
+@types.coroutine
+def await_in_copy(coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """Await a coroutine, every step of it in one copy of the current context; no task is needed for that."""
+    run = copy_context().run
+    try:
+        yielded = run(coroutine.send, None)
+        while True:
+            try:
+                sent = yield yielded
+            except GeneratorExit:
+                run(coroutine.close)
+                raise
+            except BaseException as error:
+                yielded = run(coroutine.throw, error)
+            else:
+                yielded = run(coroutine.send, sent)
+    except StopIteration as done:
+        return done.value
