@@ -218,21 +218,30 @@ async def run_steps(
     at = scope.at(index)
     before = perf_counter()
     for step in program.steps:
-        if step.direct_sync and step.cost.inline:
-            # The hottest path: a cheap function, called right here.
+        inline = step.direct_sync and step.cost.inline
+        if inline or (in_order and step.direct_async):
+            # The hot paths, without a coroutine of ours in between: a cheap function is called right here,
+            # an async one awaited right here.
             path = (*at, step.name)
             if watched:
                 _tell_started(scope, step, values, path)
                 before = perf_counter()
             try:
-                if step.arity == 1:
-                    result = copy_context().run(step.func, values[step.slots[0]])
-                elif step.arity >= 0:
-                    result = copy_context().run(step.func, *step.arguments(values))
+                if inline:
+                    if step.arity == 1:
+                        result = copy_context().run(step.func, values[step.slots[0]])
+                    else:
+                        result = copy_context().run(
+                            step.func, *step.arguments(values), **step.keyword_arguments(values)
+                        )
                 else:
-                    result = copy_context().run(
-                        step.func, *step.arguments(values), **step.keyword_arguments(values)
-                    )
+                    if window is not None and window.hungry:
+                        window.grow()
+                    if step.arity == 1:
+                        coroutine = step.func(values[step.slots[0]])
+                    else:
+                        coroutine = step.func(*step.arguments(values), **step.keyword_arguments(values))
+                    result = await await_in_copy(coroutine)
                 if step.target >= 0:
                     values[step.target] = result
                 else:
@@ -240,8 +249,11 @@ async def run_steps(
             except Exception as error:
                 _tell_failed(scope, path, error)
                 raise
+            except BaseException:
+                _tell_cancelled(scope, path)
+                raise
             now = perf_counter()
-            if now - before > CHEAP_S:
+            if inline and now - before > CHEAP_S:
                 step.cost.doubted(now - before)
             if watched:
                 _tell_finished(scope, step, values, path, now - before)
@@ -250,23 +262,7 @@ async def run_steps(
         elif in_order:
             if window is not None and window.hungry:
                 window.grow()
-            if step.direct_async and not watched:
-                # Likewise an async one: each coroutine in between would cost half a microsecond.
-                try:
-                    if step.arity == 1:
-                        result = await await_in_copy(step.func(values[step.slots[0]]))
-                    else:
-                        coroutine = step.func(*step.arguments(values), **step.keyword_arguments(values))
-                        result = await await_in_copy(coroutine)
-                    if step.target >= 0:
-                        values[step.target] = result
-                    else:
-                        unpack(step, values, result)
-                except Exception as error:
-                    _tell_failed(scope, (*at, step.name), error)
-                    raise
-            else:
-                await _run_step(scope, step, values, index)
+            await _run_step(scope, step, values, index)
             before = now = perf_counter()
         else:
             await _side_by_side(scope, program, values, index, window, done)
@@ -324,8 +320,7 @@ async def _run_step(scope: Scope, step: BoundStep, values: list[Any], index: int
         _tell_failed(scope, path, error)
         raise
     except BaseException:
-        if ev.NodeCancelled in scope.emit.kinds:
-            scope.emit(ev.NodeCancelled(scope.run.run_id, path, time.time()))
+        _tell_cancelled(scope, path)
         raise
     _tell_finished(scope, step, values, path, perf_counter() - began)
 
@@ -351,6 +346,11 @@ def _tell_failed(scope: Scope, path: Path, error: Exception) -> None:
     origin = scope.run.blame(error, path)
     if scope.emit is not None and ev.NodeFailed in scope.emit.kinds:
         scope.emit(ev.NodeFailed(scope.run.run_id, path, time.time(), error, origin))
+
+
+def _tell_cancelled(scope: Scope, path: Path) -> None:
+    if scope.emit is not None and ev.NodeCancelled in scope.emit.kinds:
+        scope.emit(ev.NodeCancelled(scope.run.run_id, path, time.time()))
 
 
 async def _perform(scope: Scope, step: BoundStep, values: list[Any], index: int | None) -> None:

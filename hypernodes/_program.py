@@ -20,6 +20,9 @@ from hypernodes._plan import CallStep, ExecutionPlan, PlanStep, needed_steps
 Auto = Literal["measure", "loop", "thread", "process"]
 
 
+_NONE: dict[str, Any] = {}
+
+
 class Places(NamedTuple):
     """What ``run_in="auto"`` means for the nodes of a run, and for those of the items of a map in it."""
 
@@ -63,6 +66,8 @@ class BoundCall:
 
     def keyword_arguments(self, values: list[Any]) -> dict[str, Any]:
         """Return the arguments that go by keyword."""
+        if not self.keywords:
+            return _NONE
         return {name: values[slot] for name, slot in self.keywords}
 
     def outputs(self, values: list[Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -355,10 +356,11 @@ class Worker:
     async def _in_main_thread(self, call: Callable[[], Any]) -> Any:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
+        context = copy_context()
 
         def run() -> None:
             try:
-                result = call()
+                result = context.run(call)
             except BaseException as error:  # noqa: BLE001 - raised where the call is awaited
                 loop.call_soon_threadsafe(done.set_result, (None, error))
             else:
