@@ -1,30 +1,100 @@
 """Async-first execution of pipelines: functions on single items become nodes, nodes become pipelines."""
 
-from hypernodes import errors, events
-from hypernodes._callbacks import CallbackContext, PipelineCallback
-from hypernodes._mapping import ItemFailure, ItemResult, MapResult
-from hypernodes._node import Input, Node, node
-from hypernodes._pipeline import NestedPipeline, Pipeline
-from hypernodes._plan import INHERIT
-from hypernodes._retry import RetryPolicy
-from hypernodes.errors import *  # noqa: F403 - every error class, as listed in errors.__all__
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hypernodes import backend, errors, events
+    from hypernodes._callbacks import CallbackContext, PipelineCallback
+    from hypernodes._mapping import ItemFailure, ItemResult, MapResult
+    from hypernodes._node import Input, Node, node
+    from hypernodes._pipeline import NestedPipeline, Pipeline
+    from hypernodes._plan import INHERIT
+    from hypernodes._retry import RetryPolicy
+    from hypernodes.errors import (
+        CycleError,
+        DefinitionError,
+        DependencyError,
+        ExecutionError,
+        HyperNodesError,
+        MapInputError,
+        MapTypeError,
+        NodeTimeoutError,
+        OutputMismatchError,
+        PipelineRecursionError,
+        RemoteExecutionError,
+        SerializationError,
+        TooManyFailuresError,
+        TypeMismatchError,
+        WorkerCrashedError,
+    )
 
 __version__ = "0.5.0"
 
 __all__ = [
     "INHERIT",
     "CallbackContext",
+    "CycleError",
+    "DefinitionError",
+    "DependencyError",
+    "ExecutionError",
+    "HyperNodesError",
     "Input",
     "ItemFailure",
     "ItemResult",
+    "MapInputError",
     "MapResult",
+    "MapTypeError",
     "NestedPipeline",
     "Node",
+    "NodeTimeoutError",
+    "OutputMismatchError",
     "Pipeline",
     "PipelineCallback",
+    "PipelineRecursionError",
+    "RemoteExecutionError",
     "RetryPolicy",
+    "SerializationError",
+    "TooManyFailuresError",
+    "TypeMismatchError",
+    "WorkerCrashedError",
+    "backend",
     "errors",
     "events",
     "node",
-    *errors.__all__,
 ]
+
+_HOMES = {
+    "INHERIT": "_plan",
+    "CallbackContext": "_callbacks",
+    "Input": "_node",
+    "ItemFailure": "_mapping",
+    "ItemResult": "_mapping",
+    "MapResult": "_mapping",
+    "NestedPipeline": "_pipeline",
+    "Node": "_node",
+    "Pipeline": "_pipeline",
+    "PipelineCallback": "_callbacks",
+    "RetryPolicy": "_retry",
+    "node": "_node",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is first asked for: a command line's ``--help`` needs no event loop."""
+    if name in ("backend", "errors", "events"):
+        value: Any = import_module(f"hypernodes.{name}")
+    elif name in _HOMES:
+        value = getattr(import_module(f"hypernodes.{_HOMES[name]}"), name)
+    elif name in __all__:
+        value = getattr(import_module("hypernodes.errors"), name)
+    else:
+        raise AttributeError(f"module 'hypernodes' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

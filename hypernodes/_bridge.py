@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import signal
 import sys
@@ -11,15 +10,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import anyio
-import anyio.from_thread
-from anyio.from_thread import BlockingPortal
 
 from hypernodes._crew import Crew
 from hypernodes._stream import Handover
 from hypernodes._threads import given_up, thread_call
+
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -41,17 +41,21 @@ def run_sync(call: Callable[[], Awaitable[R]]) -> R:
     """
     if not _loop_is_running():
         return anyio.run(_unless, None if thread_call.get() is None else given_up, call)
-    with anyio.from_thread.start_blocking_portal() as portal:
+    from anyio.from_thread import start_blocking_portal
+
+    with start_blocking_portal() as portal:
         return _call(portal, call)
 
 
 @contextlib.contextmanager
 def iterate_sync(open_stream: Callable[[], AbstractAsyncContextManager[AsyncIterator[T]]]) -> Iterator[Iterator[T]]:
     """Open an async stream on a loop in another thread and iterate over it from this one."""
+    from anyio.from_thread import start_blocking_portal
+
     opened = open_stream()
     with (
         _interruptible(),
-        anyio.from_thread.start_blocking_portal() as portal,
+        start_blocking_portal() as portal,
         portal.wrap_async_context_manager(opened) as stream,
     ):
         assert isinstance(stream, Handover)
@@ -150,9 +154,10 @@ async def _unless(stopped: Callable[[], bool] | None, call: Callable[[], Awaitab
 
 def _loop_is_running() -> bool:
     """Say whether this thread runs an event loop, be it in a task or in a plain callback."""
+    asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        return True
     try:
-        asyncio.get_running_loop()
+        return asyncio is not None and asyncio.get_running_loop() is not None
     except RuntimeError:
-        trio = sys.modules.get("trio")
-        return trio is not None and trio.lowlevel.in_trio_run()
-    return True
+        return False

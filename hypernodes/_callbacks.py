@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ from hypernodes import events as ev
 from hypernodes._mapping import Path
 from hypernodes._plan import INHERIT, ExecutionPlan, PlanStep
 
-logger = logging.getLogger("hypernodes")
 
 
 class CallbackContext:
@@ -206,8 +204,10 @@ class CallbackDispatcher:
                     self._switch_off(hook, callback)
 
     def _switch_off(self, hook: Hook, callback: object) -> None:
+        import logging
+
         self._broken.add(id(callback))
-        logger.exception(
+        logging.getLogger("hypernodes").exception(
             "callback %s raised in %s and is switched off for the rest of this run",
             type(callback).__name__,
             getattr(hook, "__name__", "a hook"),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from functools import partial
 from typing import Any
 
 import anyio
-import anyio.from_thread
 
 from hypernodes import events as ev
 from hypernodes._context import await_in_copy
@@ -22,8 +19,6 @@ from hypernodes._program import BoundCall
 from hypernodes._run import Scope, held
 from hypernodes._threads import given_up, in_thread
 from hypernodes.errors import NodeTimeoutError, OutputMismatchError
-
-logger = logging.getLogger("hypernodes")
 
 _UNSET: Any = object()
 
@@ -90,7 +85,7 @@ async def _placed(
     if step.cost.inline:
         return await _inline(step, arguments, keywords)
     result, seconds = await _in_thread(scope, step, lambda: step.func(*arguments, **keywords), deadline)
-    if inspect.isawaitable(result):
+    if isinstance(result, Awaitable):
         # A sync function that hands out a coroutine, such as a decorated async one: finish it here.
         return await result
     step.cost.measured(seconds)
@@ -103,7 +98,7 @@ async def _inline(step: BoundCall, arguments: tuple[Any, ...], keywords: dict[st
     seconds = time.perf_counter() - began
     if seconds > CHEAP_S:
         step.cost.doubted(seconds)
-    return await result if inspect.isawaitable(result) else result
+    return await result if isinstance(result, Awaitable) else result
 
 
 async def _in_thread(
@@ -115,7 +110,9 @@ async def _in_thread(
         # Past its deadline a thread is left to itself, or one that hangs would hold the run for ever.
         if deadline is None or not deadline.cancel_called:
             return False
-        logger.warning(
+        import logging
+
+        logging.getLogger("hypernodes").warning(
             "node %r was given up, but Python cannot stop its thread: it runs on until it returns; "
             "run_in='process' can be stopped",
             step.name,
@@ -151,12 +148,14 @@ async def _collect(
         return pieces
 
     def read() -> None:
+        from anyio.from_thread import run_sync
+
         for piece in step.func(*arguments, **keywords):
             if given_up():
                 return
             pieces.append(piece)
             if wanted:
-                anyio.from_thread.run_sync(_tell_chunk, scope, step, index, piece)
+                run_sync(_tell_chunk, scope, step, index, piece)
 
     _, seconds = await _in_thread(scope, step, read, deadline)
     step.cost.measured(seconds)

@@ -215,15 +215,14 @@ async def run_steps(
     watched = scope.emit is not None
     in_order = program.linear or scope.engine.node_execution == "sequential"
     done = 0
-    at = scope.at(index)
     before = perf_counter()
     for step in program.steps:
         inline = step.direct_sync and step.cost.inline
         if inline or (in_order and step.direct_async):
             # The hot paths, without a coroutine of ours in between: a cheap function is called right here,
             # an async one awaited right here.
-            path = (*at, step.name)
             if watched:
+                path = (*scope.at(index), step.name)
                 _tell_started(scope, step, values, path)
                 before = perf_counter()
             try:
@@ -247,10 +246,10 @@ async def run_steps(
                 else:
                     unpack(step, values, result)
             except Exception as error:
-                _tell_failed(scope, path, error)
+                _tell_failed(scope, (*scope.at(index), step.name), error)
                 raise
             except BaseException:
-                _tell_cancelled(scope, path)
+                _tell_cancelled(scope, (*scope.at(index), step.name))
                 raise
             now = perf_counter()
             if inline and now - before > CHEAP_S:

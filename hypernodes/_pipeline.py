@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -32,7 +32,6 @@ from hypernodes._options import (
     renamed_outputs,
     wanted_names,
 )
-from hypernodes._table import pipeline_table
 from hypernodes.backend import Backend, LocalBackend
 from hypernodes.errors import DefinitionError, DependencyError, PipelineRecursionError, did_you_mean, quoted
 
@@ -514,7 +513,7 @@ class Pipeline:
         return Job(
             plan=plan,
             inputs={name: value for name, value in inputs.items() if name not in mapped},
-            run_id=secrets.token_hex(8),
+            run_id=os.urandom(8).hex(),
             path=(plan.name,),
             wanted=wanted,
             map=spec,
@@ -587,6 +586,8 @@ class Pipeline:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         """Return text and an HTML table of the steps, for notebooks."""
+        from hypernodes._table import pipeline_table
+
         return {"text/plain": repr(self), "text/html": pipeline_table(self)}
 
 

@@ -10,7 +10,6 @@ from contextvars import ContextVar
 from typing import Any, Literal
 
 import anyio
-import anyio.to_thread
 from anyio.lowlevel import RunVar
 
 DEFAULT_THREADS = 64
@@ -35,12 +34,14 @@ async def in_thread(
 
     When cancelled it waits for the thread, which Python cannot stop, unless ``leave`` says to let it run on.
     """
+    from anyio.to_thread import run_sync
+
     in_thread = ThreadCall(call)
     token = thread_call.set(in_thread)
     try:
         # Always "abandon": what happens to a thread that runs on is decided here, not by a shielded scope,
         # into which asyncio's own task.cancel() would reach.
-        return await anyio.to_thread.run_sync(in_thread.run, abandon_on_cancel=True, limiter=limiter)
+        return await run_sync(in_thread.run, abandon_on_cancel=True, limiter=limiter)
     except anyio.get_cancelled_exc_class():
         if not in_thread.give_up() and not leave():
             await in_thread.ended()

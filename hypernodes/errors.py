@@ -6,7 +6,6 @@ with a note (PEP 678) that says in which node and where in the run it was raised
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -104,6 +103,8 @@ class TooManyFailuresError(ExecutionError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or what there is to choose from."""
+    import difflib
+
     choices = [choice for choice in known if isinstance(choice, str)]
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     if close:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.lowlevel
@@ -11,8 +11,10 @@ import anyio.lowlevel
 from hypernodes._engine import PipelineExecutionEngine
 from hypernodes._run import Job, Mode, Run, Sink, Workers
 from hypernodes.backend._base import Backend
-from hypernodes.backend._process import WorkerPool
 from hypernodes.events import Emit
+
+if TYPE_CHECKING:
+    from hypernodes.backend._process import WorkerPool
 
 
 class LocalBackend(Backend):
@@ -59,6 +61,8 @@ class LocalBackend(Backend):
             await run.aclose()
 
     async def __aenter__(self) -> Self:
+        from hypernodes.backend._process import WorkerPool
+
         token = anyio.lowlevel.current_token()
         if token not in self._kept:
             self._kept[token] = WorkerPool(self.engine.max_workers)
@@ -74,6 +78,8 @@ class LocalBackend(Backend):
 
     def _start_workers(self, max_workers: int | None) -> tuple[Workers, bool]:
         """Return worker processes, and whether the run that asks for them has to stop them."""
+        from hypernodes.backend._process import WorkerPool
+
         kept = self._kept.get(anyio.lowlevel.current_token()) if self._kept else None
         if kept is not None and max_workers == self.engine.max_workers:
             return kept, False
