@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hypernodes import backend, errors, events
     from hypernodes._callbacks import CallbackContext, PipelineCallback
+    from hypernodes._definition import NestedPipeline
     from hypernodes._mapping import ItemFailure, ItemResult, MapResult
     from hypernodes._node import Input, Node, node
-    from hypernodes._pipeline import NestedPipeline, Pipeline
+    from hypernodes._pipeline import Pipeline
     from hypernodes._plan import INHERIT
     from hypernodes._retry import RetryPolicy
     from hypernodes.errors import (
@@ -73,7 +74,7 @@ _HOMES = {
     "ItemFailure": "_mapping",
     "ItemResult": "_mapping",
     "MapResult": "_mapping",
-    "NestedPipeline": "_pipeline",
+    "NestedPipeline": "_definition",
     "Node": "_node",
     "Pipeline": "_pipeline",
     "PipelineCallback": "_callbacks",

@@ -139,7 +139,7 @@ async def _unless(stopped: Callable[[], bool] | None, call: Callable[[], Awaitab
     made: list[R] = []
 
     async def watch(crew: Crew) -> None:
-        while not stopped():
+        while not stopped():  # noqa: ASYNC110 - set by a signal handler or another thread, which can set no Event of this loop
             await anyio.sleep(POLL_S)
         crew.fail(RunStopped())
 

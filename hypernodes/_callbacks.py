@@ -11,7 +11,6 @@ from hypernodes._mapping import Path
 from hypernodes._plan import INHERIT, ExecutionPlan, PlanStep
 
 
-
 class CallbackContext:
     """Where in the run a hook is called, and values that the callbacks of one run share.
 
@@ -180,7 +179,7 @@ class CallbackDispatcher:
         self.plans = {plan.name: plan}
         """The plans of the pipelines that events have come from, by id without item indices."""
         self._broken: set[int] = set()
-        self._levels = {(): _Level(plan, callbacks)}
+        self._levels: dict[Path, _Level] = {(): _Level(plan, callbacks)}
         self._places: dict[Path, tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]] = {}
         everyone = [*callbacks, *_callbacks_below(plan)]
         self.kinds = frozenset(
@@ -200,17 +199,18 @@ class CallbackDispatcher:
                     continue
                 try:
                     hook(*arguments)
-                except Exception:
-                    self._switch_off(hook, callback)
+                except Exception as error:  # noqa: BLE001 - a callback never fails the run
+                    self._switch_off(hook, callback, error)
 
-    def _switch_off(self, hook: Hook, callback: object) -> None:
+    def _switch_off(self, hook: Hook, callback: object, error: Exception) -> None:
         import logging
 
         self._broken.add(id(callback))
-        logging.getLogger("hypernodes").exception(
+        logging.getLogger("hypernodes").error(
             "callback %s raised in %s and is switched off for the rest of this run",
             type(callback).__name__,
             getattr(hook, "__name__", "a hook"),
+            exc_info=error,
         )
 
     def _place(self, place: Path) -> tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]:

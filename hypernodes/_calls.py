@@ -195,5 +195,3 @@ def unpack(step: BoundCall, values: list[Any], result: Any) -> None:
         )
     for target, part in zip(step.targets, result, strict=True):
         values[target] = part
-
-

@@ -24,7 +24,7 @@ def await_in_copy(coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, An
             except GeneratorExit:
                 run(coroutine.close)
                 raise
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - thrown into the coroutine, whatever it is
                 yielded = run(coroutine.throw, error)
             else:
                 yielded = run(coroutine.send, sent)

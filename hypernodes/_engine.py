@@ -102,7 +102,8 @@ class PipelineExecutionEngine:
 
     async def amap(self, job: Job, run: Run, backend: object, sink: Sink) -> None:
         """Run a job's plan for each row; results go to the sink as items finish."""
-        assert job.map is not None and job.feed is not None
+        assert job.map is not None
+        assert job.feed is not None
         given = frozenset(job.inputs) | set(job.map.over)
         program = bind(job.plan, given, job.wanted, self.places.of_items())
         template = program.template.copy()
@@ -172,9 +173,7 @@ def item_runner(scope: Scope) -> RunItem:
     return run_steps if scope.emit is None and scope.timeout is None else _run_item
 
 
-async def _run_item(
-    scope: Scope, program: Program, values: list[Any], index: int, window: MapRun | None
-) -> None:
+async def _run_item(scope: Scope, program: Program, values: list[Any], index: int, window: MapRun | None) -> None:
     """Run one item of a map with its events, within the pipeline's timeout."""
     run = scope.run
     emit = scope.emit or ev.UNHEARD
@@ -191,9 +190,7 @@ async def _run_item(
         emit(ev.ItemFinished(run.run_id, (*scope.path, index), time.time(), index, perf_counter() - began))
 
 
-async def _in_time(
-    scope: Scope, program: Program, values: list[Any], index: int | None, window: MapRun | None
-) -> None:
+async def _in_time(scope: Scope, program: Program, values: list[Any], index: int | None, window: MapRun | None) -> None:
     seconds = scope.timeout
     if seconds is None:
         await run_steps(scope, program, values, index, window)
@@ -214,9 +211,10 @@ async def run_steps(
     run = scope.run
     watched = scope.emit is not None
     in_order = program.linear or scope.engine.node_execution == "sequential"
-    done = 0
+    path: Path = ()
     before = perf_counter()
-    for step in program.steps:
+    for done, bound in enumerate(program.steps):
+        step: Any = bound  # only a BoundCall is direct
         inline = step.direct_sync and step.cost.inline
         if inline or (in_order and step.direct_async):
             # The hot paths, without a coroutine of ours in between: a cheap function is called right here,
@@ -266,7 +264,6 @@ async def run_steps(
         else:
             await _side_by_side(scope, program, values, index, window, done)
             return
-        done += 1
         if now > run.yield_at:
             await run.breathe()
             before = perf_counter()
@@ -287,7 +284,7 @@ async def _side_by_side(
         while ready:
             position = ready.popleft()
             step = program.steps[position]
-            if not (step.direct_sync and step.cost.inline):
+            if not (isinstance(step, BoundCall) and step.direct_sync and step.cost.inline):
                 if ready and not starting:
                     starting = True
                     crew.start(work)

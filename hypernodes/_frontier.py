@@ -34,9 +34,7 @@ class Frontier:
         for position in range(done):
             for blocked in program.unblocks[position]:
                 self._waits_for[blocked] -= 1
-        self.ready = deque(
-            position for position in range(done, len(program.steps)) if self._waits_for[position] == 0
-        )
+        self.ready = deque(position for position in range(done, len(program.steps)) if self._waits_for[position] == 0)
 
     def finish(self, position: int) -> None:
         """Note that a step is done; what waited only for it becomes ready."""

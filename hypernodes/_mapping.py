@@ -17,7 +17,7 @@ Path = tuple[str | int, ...]
 class ItemResult(NamedTuple):
     """One finished item of a stream: its position, and its outputs by name or its error."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # the promised name, not tuple.index
     outputs: dict[str, Any] | None
     error: BaseException | None = None
 
@@ -25,7 +25,7 @@ class ItemResult(NamedTuple):
 class ItemFailure(NamedTuple):
     """One failed item of a map: its position, where in the run it failed, the error, and its mapped inputs."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # the promised name, not tuple.index
     path: Path
     error: BaseException
     inputs: dict[str, Any]
@@ -77,16 +77,22 @@ class MapSpec:
             raise DefinitionError(f"map_over of {owner} is empty: name at least one input; known here: {quoted(known)}")
         for name in names:
             if name not in known:
-                raise DefinitionError(f"map_over of {owner} names {name!r}, which is not an input{did_you_mean(name, known)}")
+                raise DefinitionError(
+                    f"map_over of {owner} names {name!r}, which is not an input{did_you_mean(name, known)}"
+                )
         if len(set(names)) < len(names):
             raise DefinitionError(f"map_over of {owner} names an input twice: {quoted(names)}")
         _one_of(mode, ("zip", "product"), "map_mode", owner)
         _one_of(on_error, ("raise", "collect"), "on_error", owner)
         for option, value in (("max_concurrency", max_concurrency), ("max_failures", max_failures)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise DefinitionError(f"{option} of {owner} must be a whole number of at least 1 or None, not {value!r}")
+                raise DefinitionError(
+                    f"{option} of {owner} must be a whole number of at least 1 or None, not {value!r}"
+                )
         if max_failures is not None and on_error == "raise":
-            raise DefinitionError(f'max_failures of {owner} needs on_error="collect": "raise" stops at the first failure')
+            raise DefinitionError(
+                f'max_failures of {owner} needs on_error="collect": "raise" stops at the first failure'
+            )
         return cls(names, mode, max_concurrency, on_error, max_failures)
 
 
@@ -101,7 +107,7 @@ class Rows:
 
     names: tuple[str, ...]
     rows: Iterable[tuple[Any, ...]]
-    count: int | None
+    count: int
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return iter(self.rows)
@@ -139,7 +145,7 @@ def _column(name: str, value: Any, spec: MapSpec, where: str) -> Any:
         return value if isinstance(value, list | tuple | range) else list(value)  # type: ignore[call-overload]
     if spec.mode == "product":
         raise MapInputError(
-            f"{where} maps {name!r} with map_mode=\"product\", which goes over its values more than once: "
+            f'{where} maps {name!r} with map_mode="product", which goes over its values more than once: '
             f"{type(value).__name__} can be read only once; pass list(...)"
         )
     return list(value)
@@ -155,5 +161,3 @@ def refuse_unmappable(name: str, value: Any, where: str) -> None:
         raise MapTypeError(
             f"{where} maps over {name!r}, so it takes a list of items; {type(value).__name__} is not iterable"
         )
-
-

@@ -176,7 +176,7 @@ def node(
 ) -> _Decorator: ...
 @overload
 def node(output_name: Callable[..., Any]) -> typing.NoReturn: ...
-def node(output_name: Any, **options: Any) -> Any:
+def node(output_name: Any, **options: Any) -> Any:  # noqa: D417 - the options are those of the overload
     """Turn a function into a node whose parameters are inputs, by name.
 
     Args:
@@ -207,11 +207,11 @@ def node(output_name: Any, **options: Any) -> Any:
     """
     if callable(output_name):
         raise DefinitionError(
-            f"@node needs the name of the output: write @node(\"name\") above {function_name(output_name)!r}"
+            f'@node needs the name of the output: write @node("name") above {function_name(output_name)!r}'
         )
     unknown = set(options) - {"run_in", "max_concurrency", "limit", "timeout", "retry"}
     if unknown:
-        raise TypeError(f"node() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+        raise TypeError(f"node() got an unexpected keyword argument {min(unknown)!r}")
     _output_names(output_name, None)
     return _Decorator(output_name, options)
 
@@ -312,7 +312,7 @@ def _annotations(func: Callable[..., Any]) -> dict[str, Any]:
         func = func.func
     target: Any = func
     if isinstance(func, type):
-        target = func.__init__
+        target = func.__init__  # type: ignore[misc]  # only its annotations are read
     elif not inspect.isroutine(func):
         target = type(func).__call__
     try:

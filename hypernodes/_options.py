@@ -63,7 +63,7 @@ def merged_inputs(inputs: Mapping[str, Any] | None, keywords: Mapping[str, Any])
 def wanted_names(output_name: str | Sequence[str]) -> tuple[str, ...]:
     """Return the outputs that a call asks for."""
     single = isinstance(output_name, str) or not isinstance(output_name, Iterable)
-    names = (output_name,) if single else tuple(output_name)
+    names: tuple[Any, ...] = (output_name,) if single else tuple(output_name)
     if not all(isinstance(name, str) for name in names):
         raise DependencyError(f"output_name is the name of an output, or a list of names, not {output_name!r}")
     return tuple(dict.fromkeys(names))
@@ -109,9 +109,7 @@ def _unknown_input(plan: ExecutionPlan, name: str) -> str:
 def _missing_inputs(plan: ExecutionPlan, given: Mapping[str, Any], wanted: tuple[str, ...] | None) -> str:
     asked = set(plan.inputs) if wanted is None else _inputs_for(plan, wanted)
     missing = [name for name in plan.required if name in asked and name not in given]
-    users = {
-        name: next(step.name for step in plan.steps if name in step.inputs) for name in missing
-    }
+    users = {name: next(step.name for step in plan.steps if name in step.inputs) for name in missing}
     listing = ", ".join(f"{name!r} (for {users[name]!r})" for name in missing)
     noun = "input" if len(missing) == 1 else "inputs"
     return f"{plan.label} needs the {noun} {listing}; given: {quoted(sorted(given)) or 'nothing'}"
@@ -122,7 +120,9 @@ def renamed_inputs(plan: ExecutionPlan, mapping: Mapping[str, str], step: str) -
     _check_mapping(mapping, "input_mapping", step)
     for outer, inner in mapping.items():
         if inner not in plan.inputs:
-            swapped = f" (input_mapping is {{outer: inner}}: write {{{inner!r}: {outer!r}}})" if outer in plan.inputs else ""
+            swapped = (
+                f" (input_mapping is {{outer: inner}}: write {{{inner!r}: {outer!r}}})" if outer in plan.inputs else ""
+            )
             raise DefinitionError(
                 f"input_mapping of nested pipeline {step!r}: {inner!r} is not an input of it"
                 f"{swapped or did_you_mean(inner, plan.inputs)}"

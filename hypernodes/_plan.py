@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -84,9 +85,7 @@ class PlanStep:
         inner = self.plan.inputs
         mapped = self.map.over if self.map else ()
         # A default is for a single item, so a mapped input is always required.
-        return {
-            outer: REQUIRED if outer in mapped else inner[name] for outer, name in self.outer_to_inner.items()
-        }
+        return {outer: REQUIRED if outer in mapped else inner[name] for outer, name in self.outer_to_inner.items()}
 
     def typed_inputs(self) -> Mapping[str, Input]:
         inner = self.plan.typed_inputs()
@@ -265,7 +264,7 @@ def _cycle_text(trail: Sequence[Step]) -> str:
     names = " -> ".join(step.name for step in reversed(trail))
     needs = "; ".join(
         f"{needing.name!r} needs {quoted(name for name in needing.inputs if name in making.outputs)} of {making.name!r}"
-        for needing, making in zip(trail, trail[1:], strict=False)
+        for needing, making in itertools.pairwise(trail)
     )
     return f"these nodes form a cycle: {names} ({needs}); break it by giving one of them another output name"
 

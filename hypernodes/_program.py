@@ -34,7 +34,6 @@ class Places(NamedTuple):
         return Places(self.items, self.items)
 
 
-
 @dataclass(frozen=True, slots=True, eq=False)
 class BoundCall:
     """A function with the slots of its arguments and of its result."""
@@ -165,9 +164,7 @@ class _Binder:
         for output in made:
             self._slots[output] = self._slot(None)
         used = self._wanted_names(chosen)
-        steps = tuple(
-            self._call(step) if isinstance(step, CallStep) else self._nested(step, used) for step in chosen
-        )
+        steps = tuple(self._call(step) if isinstance(step, CallStep) else self._nested(step, used) for step in chosen)
         before = [{made[name] for name in step.inputs if name in made} for step in chosen]
         after: list[list[int]] = [[] for _ in chosen]
         for position, earlier in enumerate(before):
@@ -204,7 +201,8 @@ class _Binder:
         by_position, by_keyword = _split(node, parameters)
         targets = tuple(self._slots[name] for name in node.outputs)
         single = not isinstance(node.output_name, tuple)
-        unguarded = node.limit is node.max_concurrency is node.timeout is node.retry is None
+        guards = (node.limit, node.max_concurrency, node.timeout, node.retry)
+        unguarded = all(guard is None for guard in guards)
         place = _place(node, self._places.calls)
         return BoundCall(
             node=node,
@@ -254,9 +252,7 @@ def _split(
     if not isinstance(func, types.FunctionType | types.MethodType) or hasattr(func, "__wrapped__"):
         return (), parameters
     kinds = node.parameters
-    by_position = tuple(
-        slot for name, slot in parameters if kinds[name].kind is not kinds[name].KEYWORD_ONLY
-    )
+    by_position = tuple(slot for name, slot in parameters if kinds[name].kind is not kinds[name].KEYWORD_ONLY)
     return by_position, parameters[len(by_position) :]
 
 

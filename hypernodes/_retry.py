@@ -18,8 +18,8 @@ class RetryPolicy:
 
     Args:
         attempts: how many in all, the first one included.
-        on: the exception types that are worth another attempt; any other fails at once. Cancellation,
-            ``KeyboardInterrupt`` and ``SystemExit`` are never retried.
+        on: the exception types (or the single one) that are worth another attempt; any other fails at once.
+            Cancellation, ``KeyboardInterrupt`` and ``SystemExit`` are never retried.
         wait_s: seconds before the second attempt; doubled before each one after it.
         max_wait_s: the longest wait, in seconds, before jitter.
         jitter_s: up to this many random seconds are added to each wait, so that items that failed
@@ -27,7 +27,7 @@ class RetryPolicy:
     """
 
     attempts: int = 3
-    on: tuple[type[Exception], ...] | type[Exception] = (Exception,)
+    on: tuple[type[Exception], ...] = (Exception,)
     wait_s: float = 0.1
     max_wait_s: float = 5.0
     jitter_s: float = 0.1
@@ -35,7 +35,8 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if not isinstance(self.attempts, int) or isinstance(self.attempts, bool) or self.attempts < 1:
             raise DefinitionError(f"attempts must be a whole number of at least 1, not {self.attempts!r}")
-        on = self.on if isinstance(self.on, tuple) else (self.on,)
+        on: Any = self.on
+        on = on if isinstance(on, tuple) else (on,)
         for kind in on:
             if not isinstance(kind, type) or not issubclass(kind, Exception):
                 raise DefinitionError(f"a retry policy's `on` takes exception types, not {kind!r}")

@@ -122,7 +122,17 @@ StartWorkers = Callable[[int | None], tuple[Workers, bool]]
 class Run:
     """What the parts of one run share."""
 
-    __slots__ = ("_bounds", "_owns_workers", "_start_workers", "_threads", "_workers", "blamed", "emit", "run_id", "yield_at")
+    __slots__ = (
+        "_bounds",
+        "_owns_workers",
+        "_start_workers",
+        "_threads",
+        "_workers",
+        "blamed",
+        "emit",
+        "run_id",
+        "yield_at",
+    )
 
     def __init__(self, run_id: str, emit: Emit | None, start_workers: StartWorkers | None) -> None:
         self.run_id = run_id

@@ -9,12 +9,12 @@ from hypernodes._node import annotation_text
 from hypernodes._plan import CallStep, PlanStep, Step
 
 if TYPE_CHECKING:
-    from hypernodes._pipeline import Pipeline
+    from hypernodes._definition import PipelineDefinition
 
 _CELL = 'style="text-align:left"'
 
 
-def pipeline_table(pipeline: Pipeline) -> str:
+def pipeline_table(pipeline: PipelineDefinition) -> str:
     """Return the steps of a pipeline, in the order in which they run, as an HTML table."""
     inputs = ", ".join(map(repr, pipeline.inputs.values()))
     rows = "".join(_row(step) for step in pipeline.plan.steps)

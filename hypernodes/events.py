@@ -143,7 +143,7 @@ class ItemStarted(NamedTuple):
     run_id: str
     path: Path
     at: float
-    index: int
+    index: int  # type: ignore[assignment]  # the promised name, not tuple.index
 
 
 class ItemFinished(NamedTuple):
@@ -152,7 +152,7 @@ class ItemFinished(NamedTuple):
     run_id: str
     path: Path
     at: float
-    index: int
+    index: int  # type: ignore[assignment]  # the promised name, not tuple.index
     duration: float
 
 
@@ -162,7 +162,7 @@ class ItemFailed(NamedTuple):
     run_id: str
     path: Path
     at: float
-    index: int
+    index: int  # type: ignore[assignment]  # the promised name, not tuple.index
     error: BaseException
 
 
@@ -204,7 +204,9 @@ class Emit(Protocol):
         """The event types that someone wants; others need not be made."""
         ...
 
-    def __call__(self, event: Event, /) -> None: ...
+    def __call__(self, event: Event, /) -> None:
+        """Take one event."""
+        ...
 
 
 class Emitter:

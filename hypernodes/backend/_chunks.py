@@ -119,7 +119,9 @@ class ChunkedMap:
             "inputs": self._inputs,
             "path": scope.path,
             "kinds": scope.emit.kinds if scope.emit is not None else frozenset(),
-            "engine": PipelineExecutionEngine(_inner(scope.engine.node_execution), "async", 1, scope.engine.max_concurrency),
+            "engine": PipelineExecutionEngine(
+                _inner(scope.engine.node_execution), "async", 1, scope.engine.max_concurrency
+            ),
             "keys": self._keys,
             "limits": limits,
             "wanted": self._wanted,
@@ -349,7 +351,7 @@ def _crash_attempts(program: Program) -> int:
 
 def _bounds(plan: ExecutionPlan, scope: Scope) -> dict[BoundKey, Bound]:
     """Return every bound that a plan's nodes may hold, by what both processes know it by."""
-    bounds: dict[BoundKey, Bound] = dict(scope.limits)
+    bounds: dict[BoundKey, Bound] = dict(scope.limits.items())
     for step in plan.steps:
         if isinstance(step, PlanStep):
             bounds |= _bounds(step.plan, scope)

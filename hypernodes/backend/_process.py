@@ -38,9 +38,7 @@ _START = (
 class WorkerProcess:
     """One worker, from the parent's side."""
 
-    def __init__(
-        self, process: anyio.abc.Process, stream: anyio.abc.UNIXSocketStream, board: mmap.mmap
-    ) -> None:
+    def __init__(self, process: anyio.abc.Process, stream: anyio.abc.UNIXSocketStream, board: mmap.mmap) -> None:
         self.board = board
         """One byte for each item of the chunk it runs: 0 waiting, 1 started, 2 done."""
         self._process = process
@@ -125,14 +123,15 @@ class WorkerProcess:
 
     async def aclose(self) -> int:
         """Kill it with all that it has started; return its exit status, negative for a signal."""
-        with anyio.CancelScope(shield=True):
-            if self._status is None:
+        if self._status is None:
+            with anyio.CancelScope(shield=True):
                 _kill(self._process.pid)
                 self._status = await self._process.wait()
                 await self._process.aclose()
                 await self._stream.aclose()
                 self.board.close()
-            return self._status
+        assert self._status is not None
+        return self._status
 
 
 def _kill(pid: int) -> None:

@@ -50,7 +50,7 @@ def packed_checked(value: Any, named: dict[str, Any], what: str) -> list[pickle.
     """
     try:
         return packed(value)
-    except Exception as error:
+    except Exception as error:  # pickling runs the user's code
         found = next((found for name, part in named.items() if (found := find_unpicklable(part, name))), None)
         where, culprit, reason = found or (what, value, error)
         raise SerializationError(
@@ -63,7 +63,7 @@ def find_unpicklable(value: Any, name: str, depth: int = 0) -> tuple[str, Any, E
     """Return the innermost part of a value that cannot be pickled: its path, itself, and the reason."""
     try:
         dumps(value)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - pickling runs the user's code
         if depth < _DEEPEST:
             for part_name, part in _parts(value, name):
                 found = find_unpicklable(part, part_name, depth + 1)
@@ -119,7 +119,7 @@ def dump_error(error: BaseException, path: Path | None) -> Travelling:
         parts = packed(error)
         if not isinstance(loads(parts), BaseException):
             raise TypeError(f"{type(error).__name__} does not come back as an exception")
-    except Exception:
+    except Exception:  # noqa: BLE001 - pickling and unpickling run the user's code
         stand_in = RemoteExecutionError(f"{type(error).__name__}: {error}")
         for note in getattr(error, "__notes__", ()):
             stand_in.add_note(note)

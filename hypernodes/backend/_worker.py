@@ -271,7 +271,7 @@ class MapHere:
         self._board = board
         self._outbox = Outbox(channel, board, described["wanted"], kinds)
         run = WorkerRun(described["run_id"], self._outbox if kinds else None, remote)
-        self._scope = Scope(run, plan, path, engine, None, limits)  # type: ignore[arg-type]
+        self._scope = Scope(run, plan, path, engine, None, limits)
         self._limit: int = described["limit"]
 
     async def run(self, first: int, rows: list[tuple[Any, ...]]) -> tuple[float, Any]:

@@ -29,9 +29,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--items", type=_count, metavar="N", help="search among the first N verses (default: all 23,206)"
     )
-    parser.add_argument(
-        "--queries", type=_count, default=1_000, metavar="N", help="quotations (default: 1000)"
-    )
+    parser.add_argument("--queries", type=_count, default=1_000, metavar="N", help="quotations (default: 1000)")
     parser.add_argument(
         "--execution",
         choices=["sequential", "async", "threaded", "parallel"],
@@ -65,9 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hypernodes.demo.progress import MapProgress
 
     progress = MapProgress(sys.stderr)
-    pipeline = retrieval.with_backend(LocalBackend(map_execution=arguments.execution)).with_callbacks(
-        [progress]
-    )
+    pipeline = retrieval.with_backend(LocalBackend(map_execution=arguments.execution)).with_callbacks([progress])
     started_at = time.perf_counter()
     try:
         outputs = pipeline.run(

@@ -64,9 +64,7 @@ def letters_only(text: str) -> str:
 _MIN_WORDS, _MAX_WORDS = 4, 7
 _NOISE = 0.2
 _MATRES = "וי"
-_SOUNDS_LIKE = {
-    letter: group.replace(letter, "") for group in ("אהע", "בו", "טת", "כקח", "סשצ") for letter in group
-}
+_SOUNDS_LIKE = {letter: group.replace(letter, "") for group in ("אהע", "בו", "טת", "כקח", "סשצ") for letter in group}
 
 
 def misspell(text: str, rng: random.Random, noise: float = _NOISE) -> str:
@@ -95,14 +93,10 @@ def known_item_queries(passages: Sequence[Passage], count: int, seed: int) -> li
     """
     rng = random.Random(seed)
     quotable = [
-        (passage.id, words)
-        for passage in passages
-        if len(words := letters_only(passage.text).split()) >= _MIN_WORDS
+        (passage.id, words) for passage in passages if len(words := letters_only(passage.text).split()) >= _MIN_WORDS
     ]
     if not quotable:
-        raise ValueError(
-            f"none of the {len(passages)} passages has the {_MIN_WORDS} words that a quotation needs"
-        )
+        raise ValueError(f"none of the {len(passages)} passages has the {_MIN_WORDS} words that a quotation needs")
     queries = []
     for number in range(count):
         passage_id, words = rng.choice(quotable)

@@ -93,10 +93,7 @@ def retrieve(query: Query, query_vector: Vector, index: Index, top_k: int = 10) 
     top_k = min(top_k, len(scores))
     best = np.argpartition(scores, -top_k)[-top_k:]
     best = best[np.argsort(-scores[best], kind="stable")]
-    return [
-        Hit(query.id, rank, index.passage_ids[row], float(scores[row]))
-        for rank, row in enumerate(best, start=1)
-    ]
+    return [Hit(query.id, rank, index.passage_ids[row], float(scores[row])) for rank, row in enumerate(best, start=1)]
 
 
 search = Pipeline([retrieve], name="search")

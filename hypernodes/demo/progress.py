@@ -65,9 +65,7 @@ class MapProgress(PipelineCallback):
             self._write(_ERASE_LINE)
 
     def _show(self) -> None:
-        line = "  ".join(
-            f"{_step_name(map_id)} {done:,}/{total:,}" for map_id, (done, total) in self._running.items()
-        )
+        line = "  ".join(f"{_step_name(map_id)} {done:,}/{total:,}" for map_id, (done, total) in self._running.items())
         self._write(f"{_ERASE_LINE}{line}" if self._on_terminal else f"{line}\n")
 
     def _write(self, text: str) -> None:
