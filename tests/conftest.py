@@ -81,9 +81,7 @@ def _held() -> set[str]:
 
 def _threads() -> set[str]:
     frames = sys._current_frames()
-    return {
-        f"thread {t.name} ({t.ident})" for t in threading.enumerate() if not _idle(frames.get(t.ident or 0))
-    }
+    return {f"thread {t.name} ({t.ident})" for t in threading.enumerate() if not _idle(frames.get(t.ident or 0))}
 
 
 def _idle(frame: FrameType | None) -> bool:

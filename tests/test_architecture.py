@@ -149,9 +149,7 @@ def code_lines(file: Path) -> int:
         if isinstance(each, documented) and ast.get_docstring(each) is not None:
             skipped.update(range(each.body[0].lineno, (each.body[0].end_lineno or 0) + 1))
     lines = enumerate(source.splitlines(), start=1)
-    return sum(
-        1 for number, line in lines if number not in skipped and line.strip() and line.lstrip()[0] != "#"
-    )
+    return sum(1 for number, line in lines if number not in skipped and line.strip() and line.lstrip()[0] != "#")
 
 
 @pytest.mark.parametrize("module", modules())

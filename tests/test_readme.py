@@ -1,4 +1,4 @@
-"""The README's Python blocks run, from top to bottom, and print what their `#>` comments say."""
+"""The README's Python blocks run, from top to bottom, and print what their `# ->` comments say."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def names() -> dict[str, Any]:
 def test_example(block: Block, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     padding = "\n" * (block.line - 1)  # so that a traceback shows the README's own lines
     exec(compile(padding + block.code, README, "exec"), names)
-    said = re.findall(r"^ *#> (.*)$", block.code, re.MULTILINE)
+    said = re.findall(r"^ *# -> (.*)$", block.code, re.MULTILINE)
     assert capsys.readouterr().out.splitlines() == said
 
 

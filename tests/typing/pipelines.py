@@ -28,12 +28,8 @@ def clean(text: str) -> str:
 
 
 inner = Pipeline([clean], name="inner")
-nested = inner.as_node(
-    input_mapping={"texts": "text"}, map_over="texts", map_mode="product", on_error="collect"
-)
-outer = Pipeline(
-    [nested, inner], limits={"gpu": 1, "api": anyio.CapacityLimiter(2)}, timeout=1.5, strict_types=True
-)
+nested = inner.as_node(input_mapping={"texts": "text"}, map_over="texts", map_mode="product", on_error="collect")
+outer = Pipeline([nested, inner], limits={"gpu": 1, "api": anyio.CapacityLimiter(2)}, timeout=1.5, strict_types=True)
 
 assert_type(nested, NestedPipeline)
 assert_type(inner.name, str | None)
@@ -90,9 +86,7 @@ async def calls() -> None:
 
 
 class Watch(PipelineCallback):
-    def on_node_end(
-        self, node_id: str, outputs: Mapping[str, Any], duration: float, ctx: CallbackContext
-    ) -> None:
+    def on_node_end(self, node_id: str, outputs: Mapping[str, Any], duration: float, ctx: CallbackContext) -> None:
         assert_type(ctx.depth, int)
         assert_type(ctx.hierarchy_path, list[str])
         assert_type(ctx.current_pipeline_id, str)
@@ -101,9 +95,7 @@ class Watch(PipelineCallback):
 
 def backend() -> Backend:
     Pipeline([clean], callbacks=[Watch()], backend=LocalBackend())
-    PipelineExecutionEngine(
-        node_execution="threaded", map_execution="parallel", max_workers=2, max_concurrency=8
-    )
+    PipelineExecutionEngine(node_execution="threaded", map_execution="parallel", max_workers=2, max_concurrency=8)
     LocalBackend(map_execution="quick")  # type: ignore[arg-type]
     return LocalBackend(node_execution="sequential")
 
