@@ -582,9 +582,7 @@ def hang_with_child(me, folder):
     time.sleep(3600)
 
 
-@pytest.mark.parametrize(
-    "how", ["run_in", "parallel map", "parallel nodes", "nested map", "worker of a worker"]
-)
+@pytest.mark.parametrize("how", ["run_in", "parallel map", "parallel nodes", "nested map", "worker of a worker"])
 async def test_cancelling_kills_workers_and_what_they_started(tmp_path, how):
     """Cancelling ends the workers and the programs that the user's functions started in them."""
     in_process = how in ("run_in", "worker of a worker")
@@ -716,9 +714,7 @@ async def test_workers_die_with_their_parent(tmp_path, signum, run_in, mode):
     children = []
     try:
         with anyio.fail_after(PATIENCE_S):
-            async with await anyio.open_process(
-                [sys.executable, str(script)], stderr=subprocess.DEVNULL
-            ) as program:
+            async with await anyio.open_process([sys.executable, str(script)], stderr=subprocess.DEVNULL) as program:
                 said = b""
                 while said.count(b"\n") < 2:
                     said += await program.stdout.receive()
@@ -864,3 +860,53 @@ async def test_two_held_backends_have_their_own_workers():
         first = set((await Pipeline([where_am_i], backend=one).amap({"x": range(8)}, "x"))["pid"])
         second = set((await Pipeline([where_am_i], backend=other).amap({"x": range(8)}, "x"))["pid"])
     assert not first & second
+
+
+async def test_a_backend_held_by_two_tasks_is_warm_until_both_have_left():
+    """Tasks that hold one backend open at the same time share its workers; the last to leave ends them."""
+    pids, first_left = {}, anyio.Event()
+    backend = LocalBackend(map_execution="parallel", max_workers=1)
+    pipeline = Pipeline([where_am_i], backend=backend)
+
+    async def short():
+        async with backend:
+            pids["short"] = set((await pipeline.amap({"x": range(3)}, "x"))["pid"])
+        first_left.set()
+
+    async def long():
+        async with backend:
+            pids["before"] = set((await pipeline.amap({"x": range(3)}, "x"))["pid"])
+            await first_left.wait()
+            pids["after"] = set((await pipeline.amap({"x": range(3)}, "x"))["pid"])
+
+    with anyio.fail_after(PATIENCE_S):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(long)
+            tasks.start_soon(short)
+    assert pids["before"] == pids["short"] == pids["after"]
+    assert psutil.Process().children(recursive=True) == []
+
+
+async def test_a_run_that_outlasts_the_block_of_its_backend_leaves_no_worker(tmp_path):
+    """When the block is left while another task's run goes on, the run ends well and its worker with it."""
+
+    @node("y")
+    def work(x, folder):
+        sign(folder, "started")
+        while not (folder / "left").exists():
+            time.sleep(0.005)
+        return x
+
+    results = {}
+
+    async def call():
+        results.update(await Pipeline([work], backend=backend).amap({"x": [1, 2, 3], "folder": tmp_path}, "x"))
+
+    with anyio.fail_after(PATIENCE_S):
+        async with anyio.create_task_group() as tasks:
+            async with LocalBackend(map_execution="parallel", max_workers=1) as backend:
+                tasks.start_soon(call)
+                await signs(tmp_path, "started")
+            sign(tmp_path, "left")
+    assert results == {"y": [1, 2, 3]}
+    assert psutil.Process().children(recursive=True) == []

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from hypernodes import DefinitionError, NodeTimeoutError, Pipeline, RetryPolicy, node
+from hypernodes.backend import LocalBackend
 from hypernodes.events import NodeFailed, NodeRetried
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -179,6 +180,25 @@ async def test_a_pipelines_timeout_is_felt_however_it_is_called(how):
                     pass
         else:
             await Pipeline([pipeline.as_node(map_over="x")], name="outer").arun(x=[1, 2])
+
+
+async def test_a_pipelines_timeout_stops_an_item_in_a_worker(tmp_path):
+    """An item that is over its pipeline's timeout is killed in its worker; the others have their answers."""
+
+    @node("y")
+    def work(x, folder):
+        if x == 1:
+            (folder / "pid").write_text(str(os.getpid()))
+            time.sleep(3600)
+        return x
+
+    backend = LocalBackend(map_execution="parallel", max_workers=2)
+    pipeline = Pipeline([work], timeout=1.0, backend=backend)
+    with anyio.fail_after(PATIENCE_S):
+        result = await pipeline.amap({"x": range(4), "folder": tmp_path}, "x", on_error="collect")
+    assert result["y"] == [0, None, 2, 3]
+    assert [(failure.index, type(failure.error)) for failure in result.failures] == [(1, NodeTimeoutError)]
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 async def test_with_timeout_gives_a_new_pipeline():
