@@ -287,7 +287,19 @@ ENDLESS_CALLS = {
             list(items)
     """,
     "processes": "in_processes.map({'x': [1, 2]}, map_over='x')",
-    "processes awaited": "await in_processes.amap({'x': [1, 2]}, map_over='x')",
+    # ipykernel hands an interrupt to the loop in a way that does not wake it: without timers or messages it
+    # would sleep on, whatever the cell awaits.
+    "processes awaited": """
+        async def tick_tock():
+            while True:
+                await asyncio.sleep(0.05)
+
+        clock = asyncio.create_task(tick_tock())
+        try:
+            await in_processes.amap({'x': [1, 2]}, map_over='x')
+        finally:
+            clock.cancel()
+    """,
 }
 
 
