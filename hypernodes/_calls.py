@@ -16,7 +16,7 @@ from hypernodes._cost import CHEAP_S
 from hypernodes._feed import END
 from hypernodes._mapping import Path
 from hypernodes._program import BoundCall
-from hypernodes._run import Scope, held
+from hypernodes._run import Bound, Scope, held
 from hypernodes._threads import given_up, in_thread
 from hypernodes.errors import NodeTimeoutError, OutputMismatchError
 
@@ -43,13 +43,17 @@ async def call_node(scope: Scope, step: BoundCall, values: list[Any], index: int
 
 async def _attempt(scope: Scope, step: BoundCall, values: list[Any], index: int | None) -> Any:
     node = step.node
-    if node.limit is None and node.max_concurrency is None:
-        return await _in_time(scope, step, values, index)
-    bounds = []
+    bounds: list[Bound] = []
     if node.max_concurrency is not None:
         bounds.append(scope.run.bound(node, node.max_concurrency))
     if node.limit is not None:
         bounds.append(scope.limits[node.limit])
+    if step.place == "process":
+        # Items of a parallel map keep their worker while they wait for a bound: there the worker comes first.
+        first = scope.engine.map_execution == "parallel"
+        bounds.insert(0 if first else len(bounds), scope.run.workers(scope.engine.max_workers).tokens)
+    if not bounds:
+        return await _in_time(scope, step, values, index)
     async with held(bounds):
         return await _in_time(scope, step, values, index)
 

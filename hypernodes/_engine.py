@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextvars import copy_context
 from dataclasses import dataclass
 from time import perf_counter
+from types import CoroutineType
 from typing import Any
 
 import anyio
@@ -239,6 +240,8 @@ async def run_steps(
                     else:
                         coroutine = step.func(*step.arguments(values), **step.keyword_arguments(values))
                     result = await await_in_copy(coroutine)
+                if inline and type(result) is CoroutineType:
+                    result = await result
                 if step.target >= 0:
                     values[step.target] = result
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter
 from typing import Any
 
 from hypernodes._crew import Crew
@@ -158,6 +159,8 @@ class MapRun:
                 await run_item(scope, program, values, index, self)
             except Exception as error:  # noqa: BLE001 - raised again, or handed to the user
                 self._failures.take(index, dict(zip(self._spec.over, row, strict=True)), error)
+                if perf_counter() > scope.run.yield_at:
+                    await scope.run.breathe()
             else:
                 deliver(index, results(values))
         self._active -= 1

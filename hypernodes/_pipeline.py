@@ -138,7 +138,7 @@ class Pipeline(PipelineDefinition):
         spec = self._map_spec(inputs, map_over, map_mode, max_concurrency, on_error, max_failures, output_name)
         rows = listed_rows(spec, inputs, self._plan.label)
         job = self._job(inputs, output_name, spec, ListFeed(rows), rows.count)
-        columns = Columns(job.wanted or self.outputs, rows.count)
+        columns = Columns(self.outputs if job.wanted is None else job.wanted, rows.count)
         await self._placed(job, self._emit(job), columns)
         return columns.collected()
 
@@ -201,7 +201,7 @@ class Pipeline(PipelineDefinition):
         feed, total = stream_feed(spec, inputs, self._plan.label)
         job = self._job(inputs, output_name, spec, feed, total)
         window = max_concurrency or self._items_at_once()
-        stream = ItemStream(job.wanted or self.outputs, window, ordered=ordered)
+        stream = ItemStream(self.outputs if job.wanted is None else job.wanted, window, ordered=ordered)
 
         async def produce() -> None:
             try:

@@ -186,7 +186,7 @@ def compile_plan(name: str, steps: Sequence[Step], settings: Settings, constants
     """Order steps by the names they need and make.
 
     Raises:
-        DefinitionError: two steps make the same output, or two nested steps share a name.
+        DefinitionError: two steps make the same output.
         CycleError: steps need each other in a circle.
     """
     producers = _producers(steps)

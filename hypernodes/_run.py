@@ -87,6 +87,9 @@ class Job:
 class Workers(Protocol):
     """Worker processes, started when first needed."""
 
+    tokens: anyio.Semaphore
+    """One for each worker; held around a :meth:`call`."""
+
     async def call(
         self,
         step: BoundCall,
@@ -197,13 +200,14 @@ class Run:
                 error.add_note(note)
         return True
 
-    def remember(self, error: BaseException, path: Path) -> None:
-        """Note where an error began that has its note already."""
-        self.blamed[id(error)] = error, path
-
-    def forgive(self, error: BaseException, otherwise: Path) -> Path:
-        """Return where an error began, and forget it: someone has taken it."""
-        return self.blamed.pop(id(error), (error, otherwise))[1]
+    def forgive(self, error: BaseException, place: Path) -> Path:
+        """Return where an error began, and forget what went wrong at a place: someone has taken it."""
+        began = self.blamed.pop(id(error), (error, place))[1]
+        # The others are of nodes beside it, which failed while they were being cancelled.
+        others = [key for key, (_, path) in self.blamed.items() if path[: len(place)] == place]
+        for key in others:
+            del self.blamed[key]
+        return began
 
 
 class Scope:

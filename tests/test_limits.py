@@ -5,7 +5,7 @@ import threading
 import anyio
 import pytest
 
-from hypernodes import DefinitionError, DependencyError, Pipeline, RetryPolicy, node
+from hypernodes import DefinitionError, DependencyError, Pipeline, PipelineCallback, RetryPolicy, node
 from hypernodes.backend import LocalBackend
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -453,3 +453,75 @@ async def test_a_maps_max_concurrency_is_a_whole_number(value):
     """A map's ``max_concurrency`` below one or of another type is refused at the call."""
     with pytest.raises(ValueError, match="max_concurrency"):
         await Pipeline([node("y")(lambda x: x)]).amap({"x": [1]}, "x", max_concurrency=value)
+
+
+async def test_a_node_in_a_process_and_a_parallel_map_share_a_limit():
+    """A call that waits for a worker holds no token that the items in the workers wait for."""
+    mapped_runs = anyio.Event()
+
+    class Started(PipelineCallback):
+        def on_map_item_start(self, item_index, ctx):
+            mapped_runs.set()
+
+    @node("z")
+    async def slow(x):
+        await anyio.sleep(0.3)
+        return x
+
+    @node("y", limit="one")
+    async def bounded(z):
+        return z
+
+    @node("w")
+    async def after_the_map_has_its_worker(s):
+        await mapped_runs.wait()
+        return s
+
+    @node("a", run_in="process", limit="one")
+    def call(w):
+        return w
+
+    mapped = Pipeline([slow, bounded]).as_node(map_over="x", name="mapped")
+    pipeline = Pipeline(
+        [mapped, after_the_map_has_its_worker, call],
+        limits={"one": 1},
+        callbacks=[Started()],
+        backend=LocalBackend(map_execution="parallel", max_workers=1),
+    )
+    with anyio.fail_after(PATIENCE_S):
+        result = await pipeline.arun(x=[1, 2, 3], s=4)
+    assert (result["y"], result["a"]) == ([1, 2, 3], 4)
+
+
+async def test_a_token_nobody_waits_for_any_more_is_not_kept_by_an_idle_worker():
+    """A failed item's call that waited for a limit gives its place up, also when its worker has no next item."""
+
+    @node("first", limit="one")
+    async def hold(x):
+        if x == 0:
+            await anyio.sleep(0.4)
+        return x
+
+    @node("failed")
+    async def fail(x):
+        if x == 1:
+            await anyio.sleep(0.15)
+            raise ValueError(x)
+
+    @node("pause")
+    async def pause(first):
+        await anyio.sleep(0.3)
+
+    @node("again", limit="one")
+    async def hold_again(pause, x):
+        return x
+
+    pipeline = Pipeline(
+        [fail, hold, pause, hold_again],
+        limits={"one": 1},
+        backend=LocalBackend(map_execution="parallel", max_workers=2),
+    )
+    with anyio.fail_after(PATIENCE_S):
+        async with pipeline.astream({"x": iter(range(3))}, "x", max_concurrency=2, on_error="collect") as items:
+            made = [item.outputs and item.outputs["again"] async for item in items]
+    assert made == [0, None, 2]

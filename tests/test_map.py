@@ -690,3 +690,34 @@ class TestInsideARun:
             result = await Pipeline([call]).amap({"x": range(10)}, "x")
         assert result["y"] == list(range(10))
         assert most == 2
+
+
+async def test_no_outputs_asked_for():
+    """An empty list of outputs makes nothing, as it does for a single run."""
+    assert await invert.arun({"x": 1}, output_name=[]) == {}
+    assert await invert.amap({"x": [1, 2]}, "x", output_name=[]) == {}
+
+
+async def test_items_that_only_fail_let_the_loop_go_on():
+    """A map whose every item fails at once gives other tasks of the loop their turns."""
+
+    @node("y", run_in="loop")
+    def fail(x):
+        raise ValueError(x)
+
+    turns = 0
+
+    async def others():
+        nonlocal turns
+        while True:
+            await anyio.sleep(0)
+            turns += 1
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(others)
+        await anyio.sleep(0)
+        before = turns
+        result = await Pipeline([fail]).amap({"x": range(5000)}, "x", on_error="collect")
+        group.cancel_scope.cancel()
+    assert len(result.failures) == 5000
+    assert turns - before > 5

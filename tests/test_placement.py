@@ -410,3 +410,14 @@ async def test_a_node_on_the_loop_may_run_a_pipeline_of_its_own():
     inner = Pipeline([node("y")(lambda x: x + 1)])
     outer = Pipeline([node("z", run_in="loop")(lambda x: inner.run(x=x)["y"] * 10)])
     assert await outer.arun(x=1) == {"z": 20}
+
+
+@pytest.mark.parametrize("run_in", ["auto", "loop"])
+async def test_a_sync_function_that_hands_out_a_coroutine_is_awaited(run_in):
+    """The output is the coroutine's result, wherever the function that made it was called."""
+
+    async def later(x):
+        return x + 1
+
+    pipeline = Pipeline([node("y", run_in=run_in)(lambda x: later(x))])
+    assert await pipeline.arun(x=1) == {"y": 2}

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import itertools
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from hypernodes import (
     ItemFailure,
     Pipeline,
+    PipelineCallback,
     RemoteExecutionError,
     RetryPolicy,
     SerializationError,
@@ -910,3 +912,86 @@ async def test_a_run_that_outlasts_the_block_of_its_backend_leaves_no_worker(tmp
             sign(tmp_path, "left")
     assert results == {"y": [1, 2, 3]}
     assert psutil.Process().children(recursive=True) == []
+
+
+async def test_no_failure_is_lost_on_its_way():
+    """Each of many failing items is reported, however failures and batches of results meet."""
+
+    @node("y", run_in="loop")
+    def fail(x):
+        raise ValueError(x)
+
+    count = 4000
+    pipeline = Pipeline([fail], backend=LocalBackend(map_execution="parallel", max_workers=1))
+    result = await pipeline.amap({"x": range(count)}, "x", on_error="collect")
+    assert [failure.error.args for failure in result.failures] == [(index,) for index in range(count)]
+
+
+class NeedsTwo(Exception):
+    """Unpickles only with both of its arguments, and keeps one of them alone."""
+
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+class RebuildsItself(Exception):
+    """Comes back from its arguments, without the notes on it."""
+
+    def __reduce__(self):
+        return type(self), self.args
+
+
+class Unspeakable(Exception):
+    """Can neither be pickled nor said."""
+
+    def __str__(self):
+        raise RuntimeError("no words")
+
+    def __reduce__(self):
+        raise RuntimeError("no pickle")
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "came"),
+    [
+        (NeedsTwo, ("one", "two"), RemoteExecutionError("NeedsTwo: one")),
+        (RebuildsItself, ("one",), RebuildsItself("one")),
+        (Unspeakable, (), RemoteExecutionError("Unspeakable: its str() failed")),
+    ],
+    ids=["needs two", "rebuilds itself", "unspeakable"],
+)
+async def test_an_error_arrives_with_its_note_and_is_heard_of_whatever_its_pickle(kind, arguments, came):
+    """Errors that cannot be rebuilt, or lose their notes, end their item alone; callbacks hear of them too."""
+    heard = []
+
+    class Listener(PipelineCallback):
+        def on_error(self, node_id, error, ctx):
+            heard.append(repr(error))
+
+    @node("y")
+    def fail(x):
+        if x == 1:
+            raise kind(*arguments)
+        return x
+
+    pipeline = Pipeline([fail], name="p", callbacks=[Listener()], backend=parallel())
+    with anyio.fail_after(PATIENCE_S):
+        result = await pipeline.amap({"x": range(3)}, "x", on_error="collect")
+    (failure,) = result.failures
+    assert result == {"y": [0, None, 2]}
+    assert heard == [repr(failure.error)] == [repr(came)]
+    assert failure.error.__notes__ == ["in node 'fail' at p[1] / fail"]
+
+
+async def test_max_concurrency_of_the_backend_holds_across_workers():
+    """With more workers than max_concurrency, no more items than that run at once."""
+
+    @node("span")
+    def work(x):
+        began = time.monotonic()
+        time.sleep(0.05)
+        return began, time.monotonic()
+
+    pipeline = Pipeline([work], backend=parallel(max_concurrency=1))
+    spans = sorted((await pipeline.amap({"x": range(6)}, "x"))["span"])
+    assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(spans))

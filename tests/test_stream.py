@@ -1,8 +1,10 @@
 """Streams: items of any source, endless ones too, as they finish and no faster than they are taken."""
 
 import asyncio
+import gc
 import inspect
 import itertools
+import weakref
 
 import anyio
 import pytest
@@ -763,3 +765,35 @@ class TestSync:
             for i in range(20):
                 assert next(low).outputs == {"y": 2 * i}
                 assert next(high).outputs == {"y": 200 + 2 * i}
+
+
+@pytest.mark.anyio
+async def test_errors_are_let_go_once_their_items_are_taken():
+    """An endless stream keeps no error: neither that of a failed item nor one raised while it was stopped."""
+    alive = weakref.WeakSet()
+
+    class Lost(Exception):
+        def __init__(self):
+            super().__init__()
+            alive.add(self)
+
+    @node("y")
+    async def fail(x):
+        await anyio.sleep(0)
+        raise Lost
+
+    @node("z")
+    async def fail_when_stopped(x):
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise Lost
+
+    pipeline = Pipeline([fail, fail_when_stopped])
+    async with pipeline.astream({"x": itertools.count()}, "x", max_concurrency=4, on_error="collect") as items:
+        async for item in items:
+            if item.index == 100:
+                break
+        del item
+        gc.collect()
+        assert len(alive) <= 8 * 2

@@ -22,7 +22,7 @@ from hypernodes._mapping import MapSpec
 from hypernodes._plan import ExecutionPlan, PlanStep
 from hypernodes._program import BoundPlan, Program
 from hypernodes._run import Bound, BoundKey, Mode, Scope, Sink, held
-from hypernodes.backend._wire import Travelling, load_error, packed, packed_checked
+from hypernodes.backend._wire import Travelling, load_error, packed, packed_checked, with_error
 from hypernodes.errors import SerializationError, WorkerCrashedError
 from hypernodes.events import Event, format_path
 
@@ -82,11 +82,12 @@ class ChunkedMap:
         self._exhausted = False
         self._stillbirths = 0
         items_at_once = scope.engine.items_at_once(spec)
-        lanes = min(pool.size, spec.max_concurrency or pool.size, total if total is not None else pool.size)
+        most = spec.max_concurrency or scope.engine.max_concurrency or pool.size
+        lanes = min(pool.size, most, total if total is not None else pool.size)
         self._lanes = max(1, lanes)
         # Items that never wait run one at a time in each worker, and it is known which one killed it.
         self._limit = max(1, items_at_once // self._lanes) if _waits(program) else 1
-        self._least = self._limit
+        self._least = min(self._limit, MOST_ITEMS)
         self._size = self._least
         self._inputs = inputs
         self._wanted = tuple(name for name, _ in program.outputs)
@@ -153,7 +154,7 @@ class ChunkedMap:
         """Give chunks to one worker after another, until there is nothing left to do."""
         while (chunk := await self._next_chunk()) is not None:
             with contextlib.suppress(WorkerDied):
-                async with self._pool.worker() as worker:
+                async with held([self._pool.tokens]), self._pool.worker() as worker:
                     await _Lane(self, worker, chunk).run()
 
     async def _next_chunk(self) -> Chunk | None:
@@ -201,7 +202,7 @@ class ChunkedMap:
         emit = self.scope.emit
         for event in events:
             if emit is not None:
-                emit(event)
+                emit(with_error(event, load_error))
         for index, outputs, error in items:
             chunk.done.add(index)
             if error is None:
@@ -218,7 +219,7 @@ class ChunkedMap:
 
     def rebuilt(self, error: Travelling) -> BaseException:
         """Return an error that a worker sent."""
-        return load_error(error, self.scope.run.remember)
+        return load_error(error, self.scope.run.blame)
 
     def crashed(self, chunk: Chunk, board: bytes, pid: int, status: int) -> None:
         """Find out which item killed a worker; what it has not done goes to other workers."""
@@ -313,7 +314,8 @@ class _Lane:
         released = anyio.Event()
         async with held([self._map.bounds[number]]):
             self._held.setdefault(number, deque()).append(released)
-            await self._worker.send("granted", number)
+            with contextlib.suppress(WorkerDied):  # who reads from it will see, and knows what it was running
+                await self._worker.send("granted", number)
             await released.wait()
 
 

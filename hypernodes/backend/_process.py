@@ -144,25 +144,25 @@ class WorkerPool:
 
     def __init__(self, max_workers: int | None) -> None:
         self.size = max_workers or cpu_count()
-        self._tokens = anyio.Semaphore(self.size, fast_acquire=True)
+        self.tokens = anyio.Semaphore(self.size, fast_acquire=True)
+        self._closed = False
         self._idle: list[WorkerProcess] = []
         self._numbers: weakref.WeakKeyDictionary[Any, tuple[int, list[Any]]] = weakref.WeakKeyDictionary()
         self._numbered = 0
 
     @contextlib.asynccontextmanager
     async def worker(self) -> AsyncIterator[WorkerProcess]:
-        """Lend a worker; one whose block ends with an error or a cancellation is killed."""
-        await self._tokens.acquire()
+        """Lend a worker to one who holds a token; one whose block ends with an error or a cancellation is killed."""
+        worker = self._idle.pop() if self._idle else await WorkerProcess.start()
         try:
-            worker = self._idle.pop() if self._idle else await WorkerProcess.start()
-            try:
-                yield worker
-            except BaseException:
-                await worker.aclose()
-                raise
+            yield worker
+        except BaseException:
+            await worker.aclose()
+            raise
+        if self._closed:
+            await worker.aclose()
+        else:
             self._idle.append(worker)
-        finally:
-            self._tokens.release()
 
     async def call(
         self,
@@ -201,7 +201,7 @@ class WorkerPool:
                     f"{describe_end(status)}"
                 ) from None
         if kind == "raised":
-            raise load_error(value, lambda error, path: None)
+            raise load_error(value)
         return pieces if is_generator else value
 
     async def map(
@@ -227,6 +227,7 @@ class WorkerPool:
         return known
 
     async def aclose(self) -> None:
-        """Stop every idle worker; those in use are stopped by who uses them."""
+        """Stop every idle worker; those in use are stopped when they come back."""
+        self._closed = True
         while self._idle:
             await self._idle.pop().aclose()

@@ -15,6 +15,7 @@ from typing import Any
 from hypernodes._mapping import Path
 from hypernodes._node import Node
 from hypernodes.errors import RemoteExecutionError, SerializationError
+from hypernodes.events import Event
 
 Parts = list[Any]
 """A pickle and the buffers beside it, each bytes-like."""
@@ -120,21 +121,38 @@ def dump_error(error: BaseException, path: Path | None) -> Travelling:
         if not isinstance(loads(parts), BaseException):
             raise TypeError(f"{type(error).__name__} does not come back as an exception")
     except Exception:  # noqa: BLE001 - pickling and unpickling run the user's code
-        stand_in = RemoteExecutionError(f"{type(error).__name__}: {error}")
+        stand_in = RemoteExecutionError(f"{type(error).__name__}: {_said(error)}")
         for note in getattr(error, "__notes__", ()):
             stand_in.add_note(note)
         parts = packed(stand_in)
     return parts, text, path
 
 
-def load_error(travelled: Travelling, remember: Callable[[BaseException, Path], None]) -> BaseException:
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - it is the user's own
+        return "its str() failed"
+
+
+def load_error(travelled: Travelling, blame: Callable[[BaseException, Path], Any] | None = None) -> BaseException:
     """Rebuild an error in the caller's process, with the traceback it had as its cause."""
     parts, text, path = travelled
-    error: BaseException = loads(parts)
+    error: BaseException
+    try:
+        error = loads(parts)
+    except Exception as failure:  # noqa: BLE001 - unpickling runs the user's code, and may need what only the worker has
+        error = RemoteExecutionError(f"an error in a worker process cannot be rebuilt here ({failure!r})")
     error.__cause__ = RemoteTraceback(text)
-    if path is not None:
-        remember(error, path)
+    if path is not None and blame is not None:
+        blame(error, path)
     return error
+
+
+def with_error(event: Event, change: Callable[[Any], Any]) -> Event:
+    """Return an event with its error, if it has one, changed: packed to travel, or rebuilt."""
+    error = getattr(event, "error", None)
+    return event if error is None else event._replace(error=change(error))  # type: ignore[call-arg]
 
 
 def frame(parts: Parts) -> Parts:

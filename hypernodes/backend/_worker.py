@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
@@ -36,7 +37,7 @@ from hypernodes._run import Bound, BoundKey, Run, Scope
 from hypernodes.backend._chunks import DONE, STARTED
 from hypernodes.backend._local import LocalBackend
 from hypernodes.backend._process import BOARD_SIZE
-from hypernodes.backend._wire import COUNT, LENGTH, Parts, dump_error, dumps, frame, loads
+from hypernodes.backend._wire import COUNT, LENGTH, Parts, dump_error, dumps, frame, loads, with_error
 from hypernodes.errors import SerializationError
 
 FLUSH_S = 0.05
@@ -91,6 +92,7 @@ class RemoteBound:
         self._channel = channel
         self._number = number
         self._waiting: deque[anyio.Event | None] = deque()
+        self._settled = anyio.Event()
 
     async def acquire(self) -> None:
         """Ask the parent for a token and wait for it."""
@@ -114,10 +116,18 @@ class RemoteBound:
             self.release()
         else:
             first.set()
+        if not self._waiting:
+            self._settled.set()
 
     def release(self) -> None:
         """Give a token back."""
         self._channel.send("release", self._number)
+
+    async def settled(self) -> None:
+        """Wait until every token that was asked for has come, also those that nobody waits for any more."""
+        while self._waiting:
+            self._settled = anyio.Event()
+            await self._settled.wait()
 
 
 class WorkerRun(Run):
@@ -154,7 +164,8 @@ class Outbox:
         threading.Thread(target=self._flush_late, name="hypernodes-outbox", daemon=True).start()
 
     def __call__(self, event: ev.Event, /) -> None:
-        self._events.append(event)
+        travelling = with_error(event, lambda error: dump_error(error, None))
+        self._events.append(travelling)
         self._send_in_time()
 
     def full(self, taken: int) -> bool:
@@ -177,7 +188,9 @@ class Outbox:
     def fail(self, failure: ItemFailure) -> None:
         """Take an item's failure."""
         self._board[failure.index - self.first] = DONE
-        self._items.append((failure.index, None, dump_error(failure.error, failure.path)))
+        # Made before the list is looked up, which the thread that sends late may replace meanwhile.
+        item = failure.index, None, dump_error(failure.error, failure.path)
+        self._items.append(item)
         self._send_in_time()
 
     def flush(self) -> None:
@@ -295,6 +308,10 @@ class MapHere:
             error = dump_error(raised, self._scope.run.forgive(raised, self._scope.path))
         seconds = time.perf_counter() - began
         self._outbox.flush()
+        if error is None:
+            # Between two chunks the parent does not listen, and must not hold a token for this worker then.
+            for bound in self.bounds:
+                await bound.settled()
         return seconds, error
 
     async def aclose(self) -> None:
@@ -409,8 +426,17 @@ def main(socket_fd: int, board_fd: int) -> None:
     board = mmap.mmap(board_fd, BOARD_SIZE)
     os.close(board_fd)
     # What a module prints at import or a function while it runs goes to the user's own streams, at once.
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     worker = Worker(Channel(connection), board)
-    threading.Thread(target=anyio.run, args=(worker.serve,), name="hypernodes-worker", daemon=True).start()
+
+    def serve() -> None:
+        try:
+            anyio.run(worker.serve)
+        except BaseException:  # noqa: BLE001 - a worker that no longer answers would hang its parent
+            traceback.print_exc()
+        os._exit(1)
+
+    threading.Thread(target=serve, name="hypernodes-worker", daemon=True).start()
     while True:
         worker.calls.get()()
