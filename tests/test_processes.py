@@ -995,3 +995,27 @@ async def test_max_concurrency_of_the_backend_holds_across_workers():
     pipeline = Pipeline([work], backend=parallel(max_concurrency=1))
     spans = sorted((await pipeline.amap({"x": range(6)}, "x"))["span"])
     assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(spans))
+
+
+def refuse_to_come_back():
+    """Stand for a constructor that works in the worker's process only."""
+    raise LookupError("no such device here")
+
+
+class StaysThere:
+    """Can be pickled, and not unpickled."""
+
+    def __reduce__(self):
+        return refuse_to_come_back, ()
+
+
+@pytest.mark.parametrize("how", ["node", "map"])
+async def test_an_output_that_cannot_be_rebuilt_is_a_serialization_error(how):
+    """It says what unpickling raised, which is also its cause."""
+    make = node("y", run_in="process" if how == "node" else "auto")(lambda x: StaysThere())
+    with anyio.fail_after(PATIENCE_S), pytest.raises(SerializationError, match="no such device here") as raised:
+        if how == "node":
+            await Pipeline([make]).arun(x=1)
+        else:
+            await Pipeline([make], backend=parallel()).amap({"x": [1]}, "x")
+    assert isinstance(raised.value.__cause__, LookupError)

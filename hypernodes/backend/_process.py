@@ -25,7 +25,7 @@ from hypernodes._program import BoundCall, Program
 from hypernodes._run import Scope, Sink, cpu_count
 from hypernodes.backend._chunks import ChunkedMap, WorkerDied, describe_end
 from hypernodes.backend._wire import COUNT, LENGTH, Parts, dumps, frame, load_error, loads, packed_checked
-from hypernodes.errors import ExecutionError, WorkerCrashedError
+from hypernodes.errors import ExecutionError, SerializationError, WorkerCrashedError
 from hypernodes.events import format_path
 
 BOARD_SIZE = 1 << 16
@@ -112,6 +112,7 @@ class WorkerProcess:
 
         Raises:
             WorkerDied: the process is gone.
+            SerializationError: a value in it cannot be rebuilt in this process.
         """
         try:
             (count,) = COUNT.unpack(await self._received.receive_exactly(COUNT.size))
@@ -119,7 +120,12 @@ class WorkerProcess:
             parts: Parts = [bytearray(await self._received.receive_exactly(length)) for length in lengths]
         except (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError) as error:
             raise WorkerDied from error
-        return loads(parts)
+        try:
+            return loads(parts)
+        except Exception as error:  # unpickling runs the user's code
+            raise SerializationError(
+                f"an output of a worker process cannot be rebuilt here: {type(error).__name__}: {error}"
+            ) from error
 
     async def aclose(self) -> int:
         """Kill it with all that it has started; return its exit status, negative for a signal."""
