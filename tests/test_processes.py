@@ -1019,3 +1019,16 @@ async def test_an_output_that_cannot_be_rebuilt_is_a_serialization_error(how):
         else:
             await Pipeline([make], backend=parallel()).amap({"x": [1]}, "x")
     assert isinstance(raised.value.__cause__, LookupError)
+
+
+async def test_an_exit_in_a_worker_is_the_callers_exit():
+    """SystemExit ends the whole map as it does without processes, and is nobody's failure."""
+
+    @node("y")
+    def leave(x):
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit) as raised:
+        await Pipeline([leave], backend=parallel()).amap({"x": [1, 2]}, "x", on_error="collect")
+    assert raised.value.code == 3
+    assert not hasattr(raised.value, "__notes__")

@@ -305,7 +305,8 @@ class MapHere:
                 limit=self._limit, first=first,
             ).run()  # fmt: skip
         except BaseException as raised:  # noqa: BLE001 - it is raised in the parent
-            error = dump_error(raised, self._scope.run.forgive(raised, self._scope.path))
+            began = self._scope.run.forgive(raised, self._scope.path)
+            error = dump_error(raised, None if began == self._scope.path else began)
         seconds = time.perf_counter() - began
         self._outbox.flush()
         if error is None:
