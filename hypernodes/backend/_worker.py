@@ -305,8 +305,8 @@ class MapHere:
                 limit=self._limit, first=first,
             ).run()  # fmt: skip
         except BaseException as raised:  # noqa: BLE001 - it is raised in the parent
-            began = self._scope.run.forgive(raised, self._scope.path)
-            error = dump_error(raised, None if began == self._scope.path else began)
+            origin = self._scope.run.forgive(raised, self._scope.path)
+            error = dump_error(raised, None if origin == self._scope.path else origin)
         seconds = time.perf_counter() - began
         self._outbox.flush()
         if error is None:
