@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import anyio
 
 from hypernodes._crew import Crew
 from hypernodes._stream import Handover
-from hypernodes._threads import given_up, thread_call
+from hypernodes._threads import current_async_library, given_up, thread_call
 
 if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
@@ -39,32 +38,57 @@ def run_sync(call: Callable[[], Awaitable[R]]) -> R:
     async function that calls sync code) it runs on a new loop in another thread, while this one waits. In a
     sync node's worker thread, cancelling the node's run cancels the call.
     """
-    if not _loop_is_running():
-        return anyio.run(_unless, None if thread_call.get() is None else given_up, call)
+    if current_async_library() is None:
+        outcome: list[Callable[[], R]] = []
+
+        async def box() -> None:
+            # Not returned from the loop's main task, whose repr asyncio may make, with all that it returns.
+            outcome.append(await _outcome(None if thread_call.get() is None else given_up, call))
+
+        anyio.run(box)
+        return outcome[0]()
     from anyio.from_thread import start_blocking_portal
 
     with start_blocking_portal() as portal:
         return _call(portal, call)
 
 
-@contextlib.contextmanager
-def iterate_sync(open_stream: Callable[[], AbstractAsyncContextManager[AsyncIterator[T]]]) -> Iterator[Iterator[T]]:
-    """Open an async stream on a loop in another thread and iterate over it from this one."""
-    from anyio.from_thread import start_blocking_portal
+class Iteration(Generic[T]):
+    """A stream in a ``with`` block: on a loop in another thread, read from this one."""
 
-    opened = open_stream()
-    with (
-        _interruptible(),
-        start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(opened) as stream,
-    ):
+    def __init__(self, open_stream: Callable[[], AbstractAsyncContextManager[AsyncIterator[T]]], written: str) -> None:
+        self._opened = open_stream()
+        self._written = written
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> Iterator[T]:
+        from anyio.from_thread import start_blocking_portal
+
+        with contextlib.ExitStack() as opening:
+            opening.enter_context(_interruptible())
+            portal = opening.enter_context(start_blocking_portal())
+            stream = opening.enter_context(portal.wrap_async_context_manager(self._opened))
+            self._exit = opening.pop_all()
         assert isinstance(stream, Handover)
 
         def items() -> Iterator[T]:
-            while batch := _call(portal, stream.batch):
+            while not closed() and (batch := _call(portal, stream.batch)):
                 yield from batch
 
-        yield items()
+        def closed() -> bool:
+            return self._exit is _CLOSED
+
+        return items()
+
+    def __exit__(self, *raised: Any) -> None:
+        closing, self._exit = self._exit, _CLOSED
+        closing.__exit__(*raised)
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(f"a stream has to be closed, so it is opened first: write `with {self._written}`")
+
+
+_CLOSED = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
@@ -72,7 +96,7 @@ def _interruptible() -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt in a block inside a running loop, which asyncio would only note."""
     handler = signal.getsignal(signal.SIGINT)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or not callable(handler) or not _loop_is_running():
+    if not in_main_thread or not callable(handler) or current_async_library() is None:
         yield
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -150,14 +174,3 @@ async def _unless(stopped: Callable[[], bool] | None, call: Callable[[], Awaitab
 
     await Crew.run(both)
     return made[0]
-
-
-def _loop_is_running() -> bool:
-    """Say whether this thread runs an event loop, be it in a task or in a plain callback."""
-    asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():
-        return True
-    try:
-        return asyncio is not None and asyncio.get_running_loop() is not None
-    except RuntimeError:
-        return False

@@ -99,9 +99,9 @@ async def _placed(
 async def _inline(step: BoundCall, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     began = time.perf_counter()
     result = copy_context().run(step.func, *arguments, **keywords)
-    seconds = time.perf_counter() - began
-    if seconds > CHEAP_S:
-        step.cost.doubted(seconds)
+    now = time.perf_counter()
+    if now - began > CHEAP_S:
+        step.cost.doubted(now - began, now)
     return await result if isinstance(result, Awaitable) else result
 
 
@@ -147,8 +147,9 @@ async def _collect(
                 _tell_chunk(scope, step, index, piece)
             if time.perf_counter() > scope.run.yield_at:
                 await scope.run.breathe()
-        if time.perf_counter() - began > CHEAP_S:
-            step.cost.doubted(time.perf_counter() - began)
+        now = time.perf_counter()
+        if now - began > CHEAP_S:
+            step.cost.doubted(now - began, now)
         return pieces
 
     def read() -> None:

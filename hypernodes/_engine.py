@@ -254,7 +254,7 @@ async def run_steps(
                 raise
             now = perf_counter()
             if inline and now - before > CHEAP_S:
-                step.cost.doubted(now - before)
+                step.cost.doubted(now - before, now)
             if watched:
                 _tell_finished(scope, step, values, path, now - before)
                 now = perf_counter()

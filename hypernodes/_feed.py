@@ -93,9 +93,9 @@ class _SyncColumn:
         if cost.inline:
             began = time.perf_counter()
             value = next(self._iterator, END)
-            seconds = time.perf_counter() - began
-            if seconds > CHEAP_S:
-                cost.doubted(seconds)
+            now = time.perf_counter()
+            if now - began > CHEAP_S:
+                cost.doubted(now - began, now)
             return value
         value, seconds = await in_thread(lambda: next(self._iterator, END), default_threads())
         cost.measured(seconds)

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any, overload
 
 from hypernodes import events as ev
-from hypernodes._bridge import iterate_sync, run_sync
+from hypernodes._bridge import Iteration, run_sync
 from hypernodes._callbacks import CallbackDispatcher
 from hypernodes._definition import PipelineDefinition
 from hypernodes._engine import DEFAULT_ITEMS
@@ -204,12 +204,9 @@ class Pipeline(PipelineDefinition):
         stream = ItemStream(self.outputs if job.wanted is None else job.wanted, window, ordered=ordered)
 
         async def produce() -> None:
-            try:
-                await self._placed(job, self._emit(job), stream)
-            finally:
-                await feed.aclose()
+            await self._placed(job, self._emit(job), stream)
 
-        return stream.fed_by(produce)
+        return stream.fed_by(produce, "pipeline.astream(...) as items:", feed.aclose)
 
     def stream(
         self,
@@ -224,7 +221,7 @@ class Pipeline(PipelineDefinition):
         output_name: str | Sequence[str] | None = None,
     ) -> AbstractContextManager[Iterator[ItemResult]]:
         """:meth:`astream` from sync code: ``with pipeline.stream(...) as items:``."""
-        return iterate_sync(
+        return Iteration(
             lambda: self.astream(
                 inputs,
                 map_over,
@@ -234,7 +231,8 @@ class Pipeline(PipelineDefinition):
                 on_error=on_error,
                 max_failures=max_failures,
                 output_name=output_name,
-            )
+            ),
+            "pipeline.stream(...) as items:",
         )
 
     def aevents(
@@ -257,7 +255,7 @@ class Pipeline(PipelineDefinition):
             result = outputs[output_name] if isinstance(output_name, str) else outputs
             stream(ev.RunFinished(job.run_id, job.path, time.time(), result))
 
-        return stream.fed_by(produce)
+        return stream.fed_by(produce, "pipeline.aevents(...) as events:")
 
     def events(
         self,
@@ -267,7 +265,8 @@ class Pipeline(PipelineDefinition):
         **kwargs: Any,
     ) -> AbstractContextManager[Iterator[ev.Event]]:
         """:meth:`aevents` from sync code."""
-        return iterate_sync(lambda: self.aevents(inputs, output_name=output_name, **kwargs))
+        written = "pipeline.events(...) as events:"
+        return Iteration(lambda: self.aevents(inputs, output_name=output_name, **kwargs), written)
 
     # ---- from a call to a job
 

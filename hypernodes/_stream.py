@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import anyio
 
 from hypernodes._mapping import ItemFailure, ItemResult
+from hypernodes._threads import current_async_library
 from hypernodes.events import EVERY_KIND, Event
+
+if TYPE_CHECKING:
+    import asyncio
+
+    import anyio.abc
 
 T = TypeVar("T")
 
@@ -69,46 +74,107 @@ class Handover(Generic[T]):
     def _idle(self) -> None:
         """Note that the consumer is waiting."""
 
-    def _end(self, failure: BaseException | None) -> None:
+    def forget(self) -> None:
+        """Drop what has not been taken."""
+        self._ready.clear()
+
+    def end(self, failure: BaseException | None) -> None:
+        """Note that no more will come, and why."""
         self._failure = failure
         self._ended = True
         self._announce()
 
-    @contextlib.asynccontextmanager
-    async def fed_by(self, produce: Callable[[], Awaitable[None]]) -> AsyncIterator[Handover[T]]:
-        """Run the producer in the background for as long as the block lasts; leaving it cancels the rest."""
-        failure: BaseException | None = None
-        left = False
+    def fed_by(
+        self, produce: Callable[[], Awaitable[None]], written: str, close: Callable[[], Awaitable[None]] | None = None
+    ) -> Feeding[T]:
+        """Return the block during which the producer runs in the background.
 
-        async def background() -> None:
-            nonlocal failure
-            try:
-                await produce()
-            except anyio.get_cancelled_exc_class() as error:
-                self._end(None if left else error)
-                raise
-            except BaseException as error:  # noqa: BLE001 - raised to the consumer, or below
-                if left:
-                    # Such as the source's own cleanup: nobody reads on, so the block itself raises it.
-                    failure = failure or error
-                self._end(None if left else error)
-            else:
-                self._end(None)
+        ``written`` is how a user opens it; ``close`` is called at its end, also when the producer never began.
+        """
+        return Feeding(self, produce, written, close)
 
-        async with anyio.create_task_group() as group:
-            group.start_soon(background)
-            try:
-                yield self
-            except anyio.get_cancelled_exc_class():
-                raise
-            except BaseException as error:  # noqa: BLE001 - raised again below, outside the group
-                failure = error
-            finally:
-                left = True
-                self._ready.clear()
-                group.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+
+class Feeding(Generic[T]):
+    """A producer in the background of an ``async with`` block; leaving the block cancels what is left of it.
+
+    On asyncio it is a task of its own that this object owns, and not a task group in the consumer's task: the
+    block may stand in an async generator, which frameworks leave half-way and close from another task.
+    """
+
+    def __init__(
+        self,
+        stream: Handover[T],
+        produce: Callable[[], Awaitable[None]],
+        written: str,
+        close: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        self._stream = stream
+        self._produce = produce
+        self._written = written
+        self._close = close
+        self._left = False
+        self._late: BaseException | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._group: anyio.abc.TaskGroup | None = None
+
+    async def __aenter__(self) -> Handover[T]:
+        if current_async_library() == "asyncio":
+            import asyncio
+
+            self._task = asyncio.get_running_loop().create_task(self._background())
+        else:
+            self._group = await anyio.create_task_group().__aenter__()
+            self._group.start_soon(self._background)
+        return self._stream
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._left = True
+        self._stream.forget()
+        try:
+            if self._task is not None:
+                await self._end(self._task)
+            elif self._group is not None:
+                self._group.cancel_scope.cancel()
+                await self._group.__aexit__(None, None, None)
+        finally:
+            if self._close is not None:
+                with anyio.CancelScope(shield=True):
+                    await self._close()
+        if error is None and self._late is not None:
+            raise self._late
+
+    def __aiter__(self) -> NoReturn:
+        raise TypeError(f"a stream has to be closed, so it is opened first: write `async with {self._written}`")
+
+    async def _background(self) -> None:
+        try:
+            await self._produce()
+        except anyio.get_cancelled_exc_class() as error:
+            self._stream.end(None if self._left else error)
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised to the consumer, or when the block is left
+            if self._left:
+                # Such as the source's own cleanup: nobody reads on.
+                self._late = error
+            self._stream.end(None if self._left else error)
+        else:
+            self._stream.end(None)
+
+    @staticmethod
+    async def _end(task: asyncio.Task[None]) -> None:
+        """Cancel a task and wait until it has ended, also when the waiting is cancelled meanwhile."""
+        import asyncio
+
+        interrupted: BaseException | None = None
+        task.cancel()
+        with anyio.CancelScope(shield=True):
+            while not task.done():
+                try:
+                    await asyncio.wait([task])
+                except asyncio.CancelledError as error:
+                    interrupted = error
+        if interrupted is not None:
+            raise interrupted
 
 
 class ItemStream(Handover[ItemResult]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,18 @@ from anyio.lowlevel import RunVar
 DEFAULT_THREADS = 64
 _POLL_S = 0.005
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("hypernodes_threads")
+
+
+def current_async_library() -> Literal["asyncio", "trio"] | None:
+    """Return whose event loop this thread runs, be it in a task or in a plain callback; None for no loop."""
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        return "trio"
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return "asyncio" if asyncio is not None and asyncio.get_running_loop() is not None else None
+    except RuntimeError:
+        return None
 
 
 def default_threads() -> anyio.CapacityLimiter:
