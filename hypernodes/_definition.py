@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from hypernodes._callbacks import PipelineCallback
 from hypernodes._mapping import MapMode, MapSpec, OnError
@@ -17,19 +19,33 @@ from hypernodes._options import (
     renamed_inputs,
     renamed_outputs,
 )
-from hypernodes._plan import INHERIT, CallStep, ExecutionPlan, PlanStep, Settings, Step, compile_plan
+from hypernodes._plan import (
+    IGNORED,
+    INHERIT,
+    CallStep,
+    ExecutionPlan,
+    Inherit,
+    PlanStep,
+    Settings,
+    Step,
+    compile_plan,
+)
 from hypernodes.backend import Backend
 from hypernodes.errors import DefinitionError, did_you_mean, quoted
+
+if TYPE_CHECKING:
+    import anyio
 
 
 class NestedPipeline:
     """A pipeline as one node of another, with its names adapted; made by :meth:`PipelineDefinition.as_node`."""
 
-    __slots__ = ("_pipeline", "_step")
+    __slots__ = ("_options", "_pipeline", "_step")
 
-    def __init__(self, pipeline: PipelineDefinition, step: PlanStep) -> None:
+    def __init__(self, pipeline: PipelineDefinition, step: PlanStep, options: Mapping[str, Any]) -> None:
         self._pipeline = pipeline
         self._step = step
+        self._options = options
 
     @property
     def name(self) -> str:
@@ -51,6 +67,10 @@ class NestedPipeline:
         """What it makes, by the names outside."""
         return self._step.outputs
 
+    def _replacing(self, nodes: Mapping[str, Any]) -> NestedPipeline:
+        """Return it, adapted as it is, with other nodes inside."""
+        return self._pipeline.replace(**nodes).as_node(**self._options)
+
     def __repr__(self) -> str:
         mapped = f" mapped over {', '.join(self._step.map.over)}" if self._step.map else ""
         needs, makes = ", ".join(self._step.inputs), ", ".join(self.outputs)
@@ -67,19 +87,19 @@ class PipelineDefinition:
         nodes: Iterable[Member],
         *,
         name: str | None = None,
-        backend: Any = INHERIT,
-        callbacks: Any = INHERIT,
-        limits: Mapping[str, Any] | None = None,
-        timeout: Any = INHERIT,
+        backend: Backend | Inherit = INHERIT,
+        callbacks: Iterable[PipelineCallback] | Inherit = INHERIT,
+        limits: Mapping[str, int | anyio.CapacityLimiter] | None = None,
+        timeout: float | Inherit | None = INHERIT,
         strict_types: bool = False,
     ) -> None:
         self._nodes = _checked_nodes(nodes)
         self._said_name = checked_name(name)
         self._strict = strict_types
         settings = Settings(
-            backend=INHERIT if backend is INHERIT else checked_backend(backend),
-            callbacks=INHERIT if callbacks is INHERIT else checked_callbacks(callbacks),
-            timeout=INHERIT if timeout is INHERIT else checked_seconds(timeout, name),
+            backend=backend if isinstance(backend, Inherit) else checked_backend(backend),
+            callbacks=callbacks if isinstance(callbacks, Inherit) else checked_callbacks(callbacks),
+            timeout=timeout if isinstance(timeout, Inherit) else checked_seconds(timeout, name),
             limits=checked_limits(limits or {}),
         )
         self._plan = compile_plan(name or "pipeline", [_step(each) for each in self._nodes], settings, {})
@@ -134,7 +154,7 @@ class PipelineDefinition:
         """Return it with a timeout in seconds, or with none."""
         return self._varied(self._plan.with_settings(timeout=checked_seconds(timeout, self._plan.name)))
 
-    def with_limits(self, limits: Mapping[str, Any]) -> Self:
+    def with_limits(self, limits: Mapping[str, int | anyio.CapacityLimiter]) -> Self:
         """Return it with these limits besides those it has; the same name is replaced."""
         merged = {**self._plan.settings.limits, **checked_limits(limits)}
         return self._varied(self._plan.with_settings(limits=merged))
@@ -143,42 +163,50 @@ class PipelineDefinition:
         """Return it with some inputs fixed, such as a client or a model; they are inputs no longer."""
         return self._varied(self._plan.binding(values))
 
-    def replace(self, **nodes: Any) -> Self:
-        """Return it with other nodes in the place of those that make these outputs.
+    def replace(self, **nodes: Member | Callable[..., Any]) -> Self:
+        """Return it with other nodes in the place of those that make these outputs; made for fakes in tests.
 
-        A replacement is a node or pipeline that makes the same outputs, or a plain function, which
-        then makes what the replaced node made. Made for fakes in tests:
+        A replacement is a node or pipeline that makes the same outputs, or a plain function, which then makes
+        what the replaced node made. One with ``**kwargs``, such as a ``Mock``, takes the inputs of the node
+        that it replaces, by keyword. An output made inside a nested pipeline is replaced there. Inputs that
+        nothing needs any longer may still be given and bound, and are ignored.
+
+        Raises:
+            DefinitionError: there is no such output, several nested pipelines make it, or a replacement
+                leaves out an output of the node that it replaces.
 
         >>> from hypernodes import Pipeline, node
         >>> @node("page")
         ... async def download(url): ...
         >>> @node("size")
         ... def measure(page): return len(page)
-        >>> Pipeline([download, measure]).replace(page=lambda url: "x" * 3).run(url="u", output_name="size")
+        >>> Pipeline([download, measure]).replace(page=lambda: "x" * 3).run(url="u", output_name="size")
         3
         """
         changed = list(self._nodes)
-        for output, given in nodes.items():
-            new = given
-            position = next((i for i, old in enumerate(changed) if output in old.outputs), None)
-            if position is None:
+        inside: dict[int, dict[str, Any]] = {}
+        for output, new in nodes.items():
+            if not isinstance(new, _MEMBERS) and not callable(new):
                 raise DefinitionError(
-                    f"replace(): {self._plan.label} has no output {output!r}{did_you_mean(output, self.outputs)}"
-                    f"{self._inner_hint(output)}"
+                    f"replace({output}=...) takes a node or a function, not {new!r}: "
+                    f"write replace({output}=lambda: value)"
                 )
-            old = changed[position]
-            if not isinstance(new, _MEMBERS):
-                made = old.output_name if isinstance(old, Node) else old.outputs
-                new = Node(new, made if isinstance(made, str) or len(made) > 1 else made[0])
-            lost = [name for name in old.outputs if name not in new.outputs]
-            if lost:
-                raise DefinitionError(
-                    f"replace({output}=...): {_name_of(new)!r} makes {quoted(new.outputs)}, but the node it replaces "
-                    f"also makes {quoted(lost)}"
-                )
-            changed[position] = new
-        settings = self._plan.settings
-        plan = compile_plan(self._plan.name, [_step(each) for each in changed], settings, self._plan.constants)
+            position = self._position(output)
+            old = self._nodes[position]
+            if isinstance(old, Node):
+                changed[position] = _replacement(output, old, new)
+            elif isinstance(new, _MEMBERS) and set(old.outputs) <= set(new.outputs):
+                changed[position] = new
+            else:
+                inside.setdefault(position, {})[_name_inside(old, output)] = new
+        for position, swaps in inside.items():
+            nest = changed[position]
+            if isinstance(nest, Node) or nest is not self._nodes[position]:
+                raise DefinitionError(f"replace(): {quoted(swaps)} is inside what is replaced as a whole")
+            changed[position] = nest._replacing(swaps) if isinstance(nest, NestedPipeline) else nest.replace(**swaps)
+        old_plan = self._plan
+        steps = [_step(each) for each in changed]
+        plan = compile_plan(old_plan.name, steps, old_plan.settings, old_plan.constants, old_plan.inputs)
         copy = self._varied(plan)
         copy._nodes = tuple(changed)
         if self._strict:
@@ -186,6 +214,23 @@ class PipelineDefinition:
 
             check_types(plan)
         return copy
+
+    def _position(self, output: str) -> int:
+        """Return the position of the node that makes an output, or of the only nest that makes it inside."""
+        for position, each in enumerate(self._nodes):
+            if output in each.outputs:
+                return position
+        nests = [(i, step) for i, step in enumerate(map(_step, self._nodes)) if _makes_inside(step, output)]
+        if not nests:
+            raise DefinitionError(
+                f"replace(): {self._plan.label} has no output {output!r}{did_you_mean(output, self.outputs)}"
+            )
+        if len(nests) > 1:
+            raise DefinitionError(
+                f"replace({output}=...): the nested pipelines {quoted(step.name for _, step in nests)} all make it "
+                f"inside: say the name that it has outside one of them"
+            )
+        return nests[0][0]
 
     def as_node(
         self,
@@ -226,7 +271,22 @@ class PipelineDefinition:
                 f"nested pipeline {step_name!r}: map_mode, max_concurrency and on_error are for a map; "
                 f"name its inputs with map_over"
             )
-        return NestedPipeline(self, PlanStep(step_name, self._plan, outer_to_inner, inner_to_outer, spec))
+        ignored = tuple(
+            outer
+            for outer, inner in outer_to_inner.items()
+            if self._plan.inputs[inner] is IGNORED and not (spec and outer in spec.over)
+        )
+        read = {outer: inner for outer, inner in outer_to_inner.items() if outer not in ignored}
+        options = {
+            "input_mapping": dict(input_mapping or {}),
+            "output_mapping": dict(output_mapping or {}),
+            "map_over": None if spec is None else spec.over,
+            "map_mode": map_mode,
+            "name": step_name,
+            "max_concurrency": max_concurrency,
+            "on_error": on_error,
+        }
+        return NestedPipeline(self, PlanStep(step_name, self._plan, read, inner_to_outer, spec, ignored), options)
 
     def _varied(self, plan: ExecutionPlan, *, name: str | None = None) -> Self:
         copy = object.__new__(type(self))
@@ -235,12 +295,6 @@ class PipelineDefinition:
         copy._strict = self._strict
         copy._plan = plan
         return copy
-
-    def _inner_hint(self, output: str) -> str:
-        for step in self._plan.steps:
-            if isinstance(step, PlanStep) and output in step.plan.producers:
-                return f" (nested pipeline {step.name!r} makes it inside: replace it there)"
-        return ""
 
     # ---- how it looks
 
@@ -281,5 +335,48 @@ def _step(each: Member) -> Step:
     return (each if isinstance(each, NestedPipeline) else each.as_node())._step
 
 
-def _name_of(each: Member) -> str:
-    return each.name or "pipeline"
+def _replacement(output: str, old: Node[..., Any], new: Any) -> Member:
+    """Return what takes the place of a node: a node or pipeline as it is, a function as a node."""
+    if not isinstance(new, _MEMBERS):
+        made = old.output_name
+        return Node(_taking_inputs_of(old, new), made if isinstance(made, str) or len(made) > 1 else made[0])
+    lost = [name for name in old.outputs if name not in new.outputs]
+    if lost:
+        raise DefinitionError(
+            f"replace({output}=...): {new.name or 'pipeline'!r} makes {quoted(new.outputs)}, but the node it "
+            f"replaces also makes {quoted(lost)}"
+        )
+    checked: Member = new
+    return checked
+
+
+def _taking_inputs_of(old: Node[..., Any], func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function with ``**kwargs`` as one that names the parameters of a node in their place."""
+    try:
+        own = inspect.signature(func).parameters
+    except (ValueError, TypeError):
+        return func  # Node says what is wrong with it
+    kinds = {each.kind for each in own.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds or inspect.Parameter.POSITIONAL_ONLY in kinds:
+        return func
+    open_ended = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = {name: each for name, each in own.items() if each.kind not in open_ended}
+    taken = {
+        name: each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, each in {**old.parameters, **named}.items()
+    }
+    adapted = functools.partial(func)
+    adapted.__signature__ = inspect.Signature(list(taken.values()))  # type: ignore[attr-defined]
+    return adapted
+
+
+def _makes_inside(step: Step, output: str) -> bool:
+    if not isinstance(step, PlanStep):
+        return False
+    return output in step.plan.producers or any(_makes_inside(each, output) for each in step.plan.steps)
+
+
+def _name_inside(nest: PipelineDefinition | NestedPipeline, output: str) -> str:
+    """Return the name inside a nest of an output that it makes, or makes only inside."""
+    if isinstance(nest, NestedPipeline):
+        return next((inner for inner, outer in nest._step.inner_to_outer.items() if outer == output), output)
+    return output

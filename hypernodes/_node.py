@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import keyword
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -269,6 +270,10 @@ def _output_names(output_name: Any, name: str | None) -> tuple[str, ...]:
     for each in names:
         if not isinstance(each, str) or not each.isidentifier():
             raise DefinitionError(f"{owner}: an output name must be a valid Python identifier, not {each!r}")
+        if keyword.iskeyword(each):
+            raise DefinitionError(
+                f"{owner}: {each!r} is a Python keyword, which no parameter can be called: name it {each + '_'!r}"
+            )
     if len(set(names)) < len(names):
         raise DefinitionError(f"{owner} names the same output twice: {quoted(names)}")
     return names
@@ -282,7 +287,8 @@ def _kind(func: Callable[..., Any]) -> Kind:
         return "async_generator"
     if inspect.isgeneratorfunction(target):
         return "generator"
-    return "async" if inspect.iscoroutinefunction(target) else "sync"
+    # The object itself may say so too: a mock of an async function, or one marked as such.
+    return "async" if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(func) else "sync"
 
 
 def _signature(func: Callable[..., Any], name: str) -> inspect.Signature:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,13 @@ def checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
             raise DefinitionError(f"callbacks takes instances: write {each.__name__}()")
         if not any(hasattr(each, name) for name in HOOK_NAMES):
             raise DefinitionError(f"{each!r} has none of the hooks of a PipelineCallback, so it would never be called")
+        for name in HOOK_NAMES:
+            hook = getattr(each, name, None)
+            if inspect.iscoroutinefunction(hook) or inspect.isasyncgenfunction(hook):
+                raise DefinitionError(
+                    f"{name} of {type(each).__name__} is an `async def`: hooks are plain functions, called between "
+                    f"steps; to await for each event, iterate over pipeline.aevents()"
+                )
     return checked
 
 
@@ -95,7 +103,9 @@ def _inputs_for(plan: ExecutionPlan, wanted: tuple[str, ...]) -> set[str]:
     return {name for step in plan.steps if id(step) in needed for name in step.inputs}
 
 
-def _unknown_input(plan: ExecutionPlan, name: str) -> str:
+def _unknown_input(plan: ExecutionPlan, name: Any) -> str:
+    if not isinstance(name, str):
+        return f"inputs of {plan.label} are given by name, a str, not {name!r}"
     if name in plan.constants:
         return f"input {name!r} of {plan.label} is fixed by bind(); bind it again to change it"
     if name in plan.producers:

@@ -18,7 +18,7 @@ from hypernodes._feed import Feed, ListFeed, stream_feed
 from hypernodes._map_run import Columns
 from hypernodes._mapping import ItemResult, MapMode, MapResult, MapSpec, OnError, listed_rows
 from hypernodes._options import check_call, merged_inputs, wanted_names
-from hypernodes._plan import INHERIT
+from hypernodes._plan import IGNORED, INHERIT
 from hypernodes._run import Job
 from hypernodes._stream import EventStream, ItemStream
 from hypernodes.backend import Backend, LocalBackend
@@ -285,7 +285,9 @@ class Pipeline(PipelineDefinition):
         mapped = spec.over if spec else ()
         return Job(
             plan=plan,
-            inputs={name: value for name, value in inputs.items() if name not in mapped},
+            inputs={
+                name: value for name, value in inputs.items() if name not in mapped and plan.inputs[name] is not IGNORED
+            },
             run_id=os.urandom(8).hex(),
             path=(plan.name,),
             wanted=wanted,

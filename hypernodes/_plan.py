@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from hypernodes._program import Program
 
 
-class _Inherit:
-    """The type of :data:`INHERIT`."""
+class Inherit:
+    """The type of :data:`INHERIT`, for annotations."""
 
     def __repr__(self) -> str:
         return "<inherit>"
@@ -25,8 +25,19 @@ class _Inherit:
         return "INHERIT"
 
 
-INHERIT: Final = _Inherit()
+INHERIT: Final = Inherit()
 """What a setting is that says nothing: the nearest enclosing pipeline that says something decides."""
+
+
+class _Ignored:
+    """The type of :data:`IGNORED`."""
+
+    def __repr__(self) -> str:
+        return "<ignored>"
+
+
+IGNORED: Final = _Ignored()
+"""The default of an input that no step needs since one was replaced: calls may give it, nothing reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +85,8 @@ class PlanStep:
     outer_to_inner: Mapping[str, str]
     inner_to_outer: Mapping[str, str]
     map: MapSpec | None = None
+    ignored: tuple[str, ...] = ()
+    """Names outside of inputs that nothing inside needs since a step there was replaced."""
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -92,7 +105,7 @@ class PlanStep:
         mapped = self.map.over if self.map else ()
         typed = {}
         for outer, name in self.outer_to_inner.items():
-            each = inner[name]
+            each = inner.get(name) or Input(name)  # one that is only mapped over says nothing of its type
             if outer in mapped:
                 typed[outer] = Input(outer, list[each.annotation])  # type: ignore[name-defined]
             else:
@@ -127,7 +140,8 @@ class ExecutionPlan:
         # What only the caller's process can use stays there: callbacks, the user's own limiters, derived data.
         limits = {name: value if isinstance(value, int) else 1 for name, value in self.settings.limits.items()}
         settings = replace(self.settings, callbacks=INHERIT, limits=limits)
-        return compile_plan, (self.name, self.steps, settings, self.constants)
+        ignored = tuple(name for name, default in self.inputs.items() if default is IGNORED)
+        return compile_plan, (self.name, self.steps, settings, self.constants, ignored)
 
     @property
     def required(self) -> list[str]:
@@ -182,8 +196,14 @@ class ExecutionPlan:
         return plan
 
 
-def compile_plan(name: str, steps: Sequence[Step], settings: Settings, constants: Mapping[str, Any]) -> ExecutionPlan:
-    """Order steps by the names they need and make.
+def compile_plan(
+    name: str,
+    steps: Sequence[Step],
+    settings: Settings,
+    constants: Mapping[str, Any],
+    accepted: Iterable[str] = (),
+) -> ExecutionPlan:
+    """Order steps by the names they need and make; calls may also give the ``accepted`` names.
 
     Raises:
         DefinitionError: two steps make the same output.
@@ -198,6 +218,10 @@ def compile_plan(name: str, steps: Sequence[Step], settings: Settings, constants
                 continue
             if each not in inputs or default is REQUIRED:
                 inputs[each] = default
+    unread = (*accepted, *(each for step in ordered if isinstance(step, PlanStep) for each in step.ignored))
+    for each in unread:
+        if each not in producers and each not in constants:
+            inputs.setdefault(each, IGNORED)
     outputs = tuple(output for step in ordered for output in step.outputs)
     return ExecutionPlan(
         name, ordered, inputs, outputs, producers, _open_limits(ordered, settings.limits), constants, settings

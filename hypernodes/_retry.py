@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tenacity import AsyncRetrying, RetryCallState
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class RetryPolicy:
     """When a failing node is tried again, with exponential backoff and jitter.
 
@@ -26,25 +26,32 @@ class RetryPolicy:
             together do not come back together.
     """
 
-    attempts: int = 3
-    on: tuple[type[Exception], ...] = (Exception,)
-    wait_s: float = 0.1
-    max_wait_s: float = 5.0
-    jitter_s: float = 0.1
+    attempts: int
+    on: tuple[type[Exception], ...]
+    wait_s: float
+    max_wait_s: float
+    jitter_s: float
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.attempts, int) or isinstance(self.attempts, bool) or self.attempts < 1:
-            raise DefinitionError(f"attempts must be a whole number of at least 1, not {self.attempts!r}")
-        on: Any = self.on
-        on = on if isinstance(on, tuple) else (on,)
-        for kind in on:
+    def __init__(
+        self,
+        attempts: int = 3,
+        on: type[Exception] | tuple[type[Exception], ...] = (Exception,),
+        wait_s: float = 0.1,
+        max_wait_s: float = 5.0,
+        jitter_s: float = 0.1,
+    ) -> None:
+        if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1:
+            raise DefinitionError(f"attempts must be a whole number of at least 1, not {attempts!r}")
+        kinds = on if isinstance(on, tuple) else (on,)
+        for kind in kinds:
             if not isinstance(kind, type) or not issubclass(kind, Exception):
                 raise DefinitionError(f"a retry policy's `on` takes exception types, not {kind!r}")
-        object.__setattr__(self, "on", on)
-        for name in ("wait_s", "max_wait_s", "jitter_s"):
-            value = getattr(self, name)
+        seconds = {"wait_s": wait_s, "max_wait_s": max_wait_s, "jitter_s": jitter_s}
+        for name, value in seconds.items():
             if not isinstance(value, int | float) or value < 0:
                 raise DefinitionError(f"{name} must be seconds of at least 0, not {value!r}")
+        for name, each in {"attempts": attempts, "on": kinds, **seconds}.items():
+            object.__setattr__(self, name, each)
 
     @classmethod
     def of(cls, retry: int | RetryPolicy | None, name: str) -> RetryPolicy | None:

@@ -544,3 +544,11 @@ class TestRefused:
         for kind in (HyperNodesError, ValueError):
             with pytest.raises(kind):
                 node("y")(star)
+
+
+@pytest.mark.parametrize("name", ["class", ("good", "lambda"), "None"])
+def test_an_output_named_as_a_keyword(name):
+    """No parameter could be called like a keyword, so no node may make one."""
+    with pytest.raises(DefinitionError, match="keyword"):
+        node(name)
+    assert node("match")(lambda x: x).outputs == ("match",)

@@ -1,6 +1,7 @@
 """Building pipelines: the graph from names, nesting, adapting, configuring, and what is refused."""
 
 import pickle
+from unittest.mock import AsyncMock, MagicMock, Mock
 
 import anyio
 import cloudpickle
@@ -236,9 +237,7 @@ class TestConstructionErrors:
 class TestNesting:
     async def test_shares_names(self):
         """A pipeline among the nodes takes inputs from its neighbours, and gives them outputs, by name."""
-        outer = Pipeline(
-            [node("text")(lambda raw: raw + " "), counting(), node("odd")(lambda count: count % 2)]
-        )
+        outer = Pipeline([node("text")(lambda raw: raw + " "), counting(), node("odd")(lambda count: count % 2)])
         assert dict(outer.inputs).keys() == {"raw", "separator"}
         assert await outer.arun(raw="A b c") == {
             "text": "A b c ",
@@ -426,9 +425,7 @@ class TestAsNode:
     def test_original_is_untouched(self):
         """as_node returns something new; the pipeline keeps its names."""
         pipeline = counting()
-        pipeline.as_node(
-            input_mapping={"texts": "text"}, output_mapping={"count": "counts"}, map_over="texts"
-        )
+        pipeline.as_node(input_mapping={"texts": "text"}, output_mapping={"count": "counts"}, map_over="texts")
         assert list(pipeline.inputs) == ["text", "separator"]
         assert pipeline.outputs == ("cleaned", "words", "count")
         assert pipeline.run(text="a")["count"] == 1
@@ -711,9 +708,114 @@ class TestReplace:
 
     @pytest.mark.parametrize("thing", [3, None, "split"])
     def test_not_a_node(self, thing):
-        """Something that is neither node nor function is refused."""
-        with pytest.raises(DefinitionError):
+        """Something that is neither node nor function is refused, with what to write instead."""
+        with pytest.raises(DefinitionError) as caught:
             counting().replace(words=thing)
+        assert mentions(caught.value, repr(thing), "replace(words=lambda: value)")
+
+    @pytest.mark.parametrize("kind", [Mock, MagicMock, AsyncMock])
+    async def test_with_a_mock(self, kind):
+        """A mock is called by keyword with what the node in its place needed."""
+        fake = kind(return_value=["a", "b"])
+        pipeline = counting().replace(words=fake)
+        assert pipeline.nodes[1].kind == ("async" if kind is AsyncMock else "sync")
+        assert {name: given.required for name, given in pipeline.inputs.items()} == {"text": True, "separator": False}
+        assert await pipeline.arun(text=" A ", separator="-", output_name="count") == 2
+        fake.assert_called_once_with(cleaned="a", separator="-")
+
+    async def test_with_keywords(self):
+        """A function with **kwargs gets what the node in its place needed, besides what it names itself."""
+        pipeline = counting().replace(words=lambda more=1, **given: [more, given])
+        assert await pipeline.arun(text="a", more=2, output_name="words") == [2, {"cleaned": "a", "separator": " "}]
+
+    def test_a_mock_that_fails(self):
+        """What a mock raises leaves as itself."""
+        with pytest.raises(ConnectionError):
+            counting().replace(words=Mock(side_effect=ConnectionError)).run(text="a")
+
+    async def test_inputs_no_longer_needed(self):
+        """A faked pipeline is called and bound like the real one; what nothing needs is ignored."""
+        pipeline = counting().replace(words=lambda: ["x"], cleaned=lambda: "c")
+        expected = {"cleaned": "c", "words": ["x"], "count": 1}
+        assert list(pipeline.inputs) == []
+        assert await pipeline.arun() == expected
+        assert await pipeline.arun(text="a", separator=",") == expected
+        assert await pipeline.bind(text="a").arun(separator=",") == expected
+        assert await pipeline.replace(count=lambda: 5).arun(text="a", output_name="count") == 5
+        result = await pipeline.amap({"text": ["a", "b"]}, "text", output_name="count")
+        assert result == {"count": [1, 1]}
+        with pytest.raises(DependencyError):
+            await pipeline.arun(title="a")
+
+    @pytest.mark.parametrize("backend", [LocalBackend(), LocalBackend(map_execution="parallel", max_workers=1)])
+    async def test_ignored_inputs_of_a_nest(self, backend):
+        """A pipeline around a faked one may give it what it ignores, also to map over."""
+        faked = counting().replace(cleaned=lambda: "c d")
+        once = Pipeline([faked.as_node(input_mapping={"title": "text"})])
+        assert await once.arun(title="a", output_name="count") == 2
+        mapped = Pipeline([faked.as_node(input_mapping={"titles": "text"}, map_over="titles")], backend=backend)
+        assert await mapped.arun(titles=["a"] * 3, output_name="count") == [2, 2, 2]
+        rows = await Pipeline([once], backend=backend).amap({"title": ["a", "b"]}, "title", output_name="count")
+        assert rows == {"count": [2, 2]}
+
+    async def test_a_faked_nest_does_not_ask_for_what_it_ignores(self):
+        """What only the replaced node needed is not made for it."""
+        real = Mock(side_effect=AssertionError)
+        text = node("text")(lambda url: real(url))
+        pipeline = Pipeline([text, counting()]).replace(cleaned=lambda: "a b")
+        assert await pipeline.arun(url="u", output_name="count") == 2
+        assert not real.called
+
+    async def test_inside_a_nest(self):
+        """An output made only inside a nested pipeline is replaced there; the nest stays adapted as it was."""
+        step = counting().as_node(
+            name="all",
+            input_mapping={"titles": "text", "by": "separator"},
+            output_mapping={"count": "counts", "words": "all_words"},
+            map_over="titles",
+            max_concurrency=1,
+            on_error="collect",
+        )
+        pipeline = Pipeline([Pipeline([step], name="middle"), node("total")(lambda counts: sum(counts))])
+        fake = AsyncMock(side_effect=[["x"], ["x", "y"]])
+        faked = pipeline.replace(words=fake)
+        assert faked.run(titles=["A", "B"], by=",", output_name=["counts", "total"]) == {"counts": [1, 2], "total": 3}
+        assert [call.kwargs["cleaned"] for call in fake.await_args_list] == ["a", "b"]
+        assert repr(faked.nodes[0].nodes[0]) == repr(step)
+        assert pipeline.run(titles=["A B"], by=" ", output_name="counts") == [2]
+        failing = pipeline.replace(words=Mock(side_effect=[KeyError, ["x"]]), total=lambda counts: counts)
+        assert failing.run(titles=["A", "B"], output_name="total") == [None, 1]
+
+    async def test_by_the_name_outside(self):
+        """A function, or a node that makes only a part, goes inside the nest whose output is named."""
+        step = counting().as_node(output_mapping={"count": "length"})
+        for new in (Mock(return_value=7), node("count")(lambda words: 7)):
+            assert await Pipeline([step]).replace(length=new).arun(text="a") == {
+                "cleaned": "a",
+                "words": ["a"],
+                "length": 7,
+            }
+        assert await Pipeline([counting()]).replace(count=lambda: 8).arun(text="a", output_name="count") == 8
+
+    async def test_a_whole_nest(self):
+        """A node that makes all that a nested pipeline makes takes its place."""
+        whole = node(("cleaned", "words", "count"))(lambda text: (text, [], 0))
+        pipeline = Pipeline([counting()]).replace(count=whole)
+        assert pipeline.nodes == (whole,)
+        assert await pipeline.arun(text="a", output_name="words") == []
+        with pytest.raises(DefinitionError):
+            Pipeline([counting()]).replace(count=whole, words=lambda: None)
+
+    def test_inside_several_nests(self):
+        """An output that several nested pipelines make inside is refused, with their names."""
+        first = counting().as_node(name="first", output_mapping={"cleaned": "c1", "words": "w1", "count": "n1"})
+        other = counting().as_node(name="other", output_mapping={"cleaned": "c2", "words": "w2", "count": "n2"})
+        pipeline = Pipeline([first, other])
+        with pytest.raises(DefinitionError) as caught:
+            pipeline.replace(count=lambda: 1)
+        assert mentions(caught.value, "count", "first", "other")
+        result = pipeline.replace(n2=lambda: 9).run(text="a", output_name=["n1", "n2"])
+        assert result == {"n1": 1, "n2": 9}
 
     def test_makes_a_cycle(self):
         """A replacement that closes a cycle is refused like any cycle."""
@@ -768,9 +870,7 @@ class TestImmutable:
 
     def test_pickle(self):
         """A pipeline, lambdas and all, survives cloudpickle: that is how it gets to another process."""
-        pipeline = (
-            counting().replace(cleaned=node("cleaned")(lambda text: text + " more")).bind(separator=" ")
-        )
+        pipeline = counting().replace(cleaned=node("cleaned")(lambda text: text + " more")).bind(separator=" ")
         copy = pickle.loads(cloudpickle.dumps(pipeline))
         assert copy.name == pipeline.name
         assert list(copy.inputs) == list(pipeline.inputs)
@@ -871,3 +971,27 @@ class TestRepr:
         html = Pipeline([step])._repr_mimebundle_()["text/html"]
         assert "count_all" in html
         assert "texts" in html
+
+
+class TestRefusedCallbacks:
+    @pytest.mark.parametrize("name", ["on_node_start", "on_map_item_end"])
+    def test_async_hook(self, name):
+        """A hook that is an async function would never be awaited: it is refused by name."""
+
+        async def hook(self, *args): ...
+
+        bad = type("Late", (PipelineCallback,), {name: hook})()
+        for build in (lambda: Pipeline([clean], callbacks=[bad]), lambda: counting().with_callbacks([bad])):
+            with pytest.raises(DefinitionError) as caught:
+                build()
+            assert mentions(caught.value, name, "Late", "plain functions")
+
+
+@pytest.mark.parametrize("inputs", [{1: "a"}, {"text": "a", None: 1}])
+def test_input_names_that_are_no_str(inputs):
+    """A name that is no str is an unknown name like any other."""
+    with pytest.raises(DependencyError) as caught:
+        counting().run(inputs)
+    assert mentions(caught.value, "by name", repr(list(inputs)[-1]))
+    with pytest.raises(DependencyError):
+        counting().map({"text": ["a"], **inputs, 2: ""}, "text")

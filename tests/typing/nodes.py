@@ -72,3 +72,8 @@ node("x", run_in="gpu")  # type: ignore[call-overload]
 node("x", max_concurrency="8")  # type: ignore[call-overload]
 node("x", cache=True)  # type: ignore[call-overload]
 node(1)  # type: ignore[call-overload]
+
+
+retry_one = RetryPolicy(on=ConnectionError)
+assert_type(retry_one.on, tuple[type[Exception], ...])
+RetryPolicy(on="ConnectionError")  # type: ignore[arg-type]  # an exception type, not its name

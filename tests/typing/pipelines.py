@@ -6,6 +6,7 @@ from typing import Any, assert_type
 import anyio
 
 from hypernodes import (
+    INHERIT,
     CallbackContext,
     HyperNodesError,
     Input,
@@ -102,3 +103,11 @@ def backend() -> Backend:
 
 def errors_are_what_people_catch(error: NodeTimeoutError) -> tuple[HyperNodesError, TimeoutError]:
     return error, error
+
+
+inherited = Pipeline([clean], backend=INHERIT, callbacks=INHERIT, timeout=INHERIT)
+said = Pipeline([clean], backend=LocalBackend(), callbacks=[PipelineCallback()], timeout=None, limits={"gpu": 1})
+Pipeline([clean], backend="local")  # type: ignore[arg-type]
+Pipeline([clean], timeout="1s")  # type: ignore[arg-type]
+Pipeline([clean], callbacks=PipelineCallback())  # type: ignore[arg-type]
+assert_type(inner.replace(cleaned=lambda: "fake"), Pipeline)
