@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hypernodes._plan import INHERIT
     from hypernodes._retry import RetryPolicy
     from hypernodes.errors import (
+        AwaitedCancelledError,
         CycleError,
         DefinitionError,
         DependencyError,
@@ -36,6 +37,7 @@ __version__ = "0.5.0"
 
 __all__ = [
     "INHERIT",
+    "AwaitedCancelledError",
     "CallbackContext",
     "CycleError",
     "DefinitionError",

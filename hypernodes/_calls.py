@@ -51,7 +51,7 @@ async def _attempt(scope: Scope, step: BoundCall, values: list[Any], index: int 
     if step.place == "process":
         # Items of a parallel map keep their worker while they wait for a bound: there the worker comes first.
         first = scope.engine.map_execution == "parallel"
-        bounds.insert(0 if first else len(bounds), scope.run.workers(scope.engine.max_workers).tokens)
+        bounds.insert(0 if first else len(bounds), scope.run.workers(scope.backend).tokens)
     if not bounds:
         return await _in_time(scope, step, values, index)
     async with held(bounds):
@@ -82,8 +82,14 @@ async def _placed(
             return await await_in_copy(_collect_async(scope, step, step.func(*arguments, **keywords), index))
     if step.place == "process":
         path = (*scope.at(index), step.name)
-        workers = scope.run.workers(scope.engine.max_workers)
-        return await workers.call(step, arguments, keywords, path, partial(_tell_chunk, scope, step, index))
+        return await scope.run.workers(scope.backend).call(
+            step,
+            arguments,
+            keywords,
+            path,
+            tell=partial(_tell_chunk, scope, step, index),
+            ready=partial(_start_again, deadline, step.node.timeout),
+        )
     if step.node.kind == "generator":
         return await _collect(scope, step, arguments, keywords, index, deadline)
     if step.cost.inline:
@@ -94,6 +100,12 @@ async def _placed(
         return await result
     step.cost.measured(seconds)
     return result
+
+
+def _start_again(deadline: anyio.CancelScope | None, seconds: float | None) -> None:
+    """Let a timeout begin now: starting a worker is not the function's time."""
+    if deadline is not None and seconds is not None:
+        deadline.deadline = anyio.current_time() + seconds
 
 
 async def _inline(step: BoundCall, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -111,6 +123,8 @@ async def _in_thread(
     """Call in a worker thread; return the result and the seconds it took there."""
 
     def leave() -> bool:
+        if scope.run.leave_thread():
+            return True
         # Past its deadline a thread is left to itself, or one that hangs would hold the run for ever.
         if deadline is None or not deadline.cancel_called:
             return False

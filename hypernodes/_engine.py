@@ -21,14 +21,14 @@ from hypernodes._calls import call_node, unpack
 from hypernodes._context import await_in_copy
 from hypernodes._cost import CHEAP_S
 from hypernodes._crew import Crew
-from hypernodes._feed import Feed, ListFeed
+from hypernodes._feed import ListFeed
 from hypernodes._frontier import Frontier
 from hypernodes._map_run import Columns, MapRun, RunItem
 from hypernodes._mapping import MapSpec, Path, listed_rows
 from hypernodes._node import checked_count
 from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, BoundStep, Places, Program, bind
-from hypernodes._run import Job, Mode, Run, Scope, Sink
+from hypernodes._run import Job, MapWork, Mode, Place, Run, Scope, Sink
 from hypernodes._threads import DEFAULT_THREADS
 from hypernodes.errors import DefinitionError, NodeTimeoutError
 
@@ -90,7 +90,7 @@ class PipelineExecutionEngine:
                 return min(most, spec.max_concurrency or self.max_concurrency or most)
         return spec.max_concurrency or self.max_concurrency or DEFAULT_ITEMS
 
-    async def arun(self, job: Job, run: Run, backend: object) -> dict[str, Any]:
+    async def arun(self, job: Job, run: Run, backend: Place) -> dict[str, Any]:
         """Run a job's plan once and return its outputs by name."""
         program = bind(job.plan, frozenset(job.inputs), job.wanted, self.places)
         values = program.template.copy()
@@ -101,7 +101,7 @@ class PipelineExecutionEngine:
         await _run_pipeline(scope, program, values, job.inputs)
         return program.outputs_of(values)
 
-    async def amap(self, job: Job, run: Run, backend: object, sink: Sink) -> None:
+    async def amap(self, job: Job, run: Run, backend: Place, sink: Sink) -> None:
         """Run a job's plan for each row; results go to the sink as items finish."""
         assert job.map is not None
         assert job.feed is not None
@@ -112,7 +112,7 @@ class PipelineExecutionEngine:
             template[program.slots[name]] = value
         scope = Scope(run, job.plan, job.path, self, backend, job.limits or {})
         await run.breathe()
-        await _run_map(scope, program, template, job.map, job.feed, job.total, sink, job.inputs)
+        await _run_map(MapWork(scope, program, job.inputs, job.map, job.feed, job.total, sink), template)
 
 
 async def _run_pipeline(scope: Scope, program: Program, values: list[Any], inputs: Mapping[str, Any]) -> None:
@@ -135,29 +135,20 @@ async def _run_pipeline(scope: Scope, program: Program, values: list[Any], input
         emit(ev.PipelineFinished(run.run_id, path, time.time(), outputs, perf_counter() - began))
 
 
-async def _run_map(
-    scope: Scope,
-    program: Program,
-    template: list[Any],
-    spec: MapSpec,
-    feed: Feed,
-    total: int | None,
-    sink: Sink,
-    inputs: Mapping[str, Any],
-) -> None:
+async def _run_map(work: MapWork, template: list[Any]) -> None:
+    scope = work.scope
     run, path, engine = scope.run, scope.path, scope.engine
     emit = scope.emit or ev.UNHEARD
     if ev.PipelineStarted in emit.kinds:
-        emit(ev.PipelineStarted(run.run_id, path, time.time(), inputs))
+        emit(ev.PipelineStarted(run.run_id, path, time.time(), work.inputs))
     if ev.MapStarted in emit.kinds:
-        emit(ev.MapStarted(run.run_id, path, time.time(), total))
+        emit(ev.MapStarted(run.run_id, path, time.time(), work.total))
     began = perf_counter()
     try:
         if engine.map_execution == "parallel":
-            await run.workers(engine.max_workers).map(scope, program, inputs, spec, feed, total, sink)
+            await run.workers(scope.backend).map(work)
         else:
-            limit = engine.items_at_once(spec)
-            await MapRun(scope, program, template, spec, feed, sink, item_runner(scope), limit=limit).run()
+            await MapRun(work, template, item_runner(scope), limit=engine.items_at_once(work.spec)).run()
     except BaseException as error:
         if ev.PipelineFailed in emit.kinds:
             emit(ev.PipelineFailed(run.run_id, path, time.time(), error))
@@ -166,7 +157,7 @@ async def _run_map(
     if ev.MapFinished in emit.kinds:
         emit(ev.MapFinished(run.run_id, path, time.time(), duration))
     if ev.PipelineFinished in emit.kinds:
-        emit(ev.PipelineFinished(run.run_id, path, time.time(), sink.collected(), duration))
+        emit(ev.PipelineFinished(run.run_id, path, time.time(), work.sink.collected(), duration))
 
 
 def item_runner(scope: Scope) -> RunItem:
@@ -405,7 +396,7 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
             await _run_pipeline(child, program, inside, shared)
             results = list(program.results(inside))
         else:
-            await _run_map(child, program, inside, spec, feed, total, columns, shared)
+            await _run_map(MapWork(child, program, shared, spec, feed, total, columns), inside)
             results = columns.lists
     for target, result in zip(step.targets, results, strict=True):
         values[target] = result

@@ -7,10 +7,10 @@ from time import perf_counter
 from typing import Any
 
 from hypernodes._crew import Crew
-from hypernodes._feed import END, Feed
+from hypernodes._feed import END
 from hypernodes._mapping import ItemFailure, MapResult, MapSpec
 from hypernodes._program import Program
-from hypernodes._run import Scope, Sink
+from hypernodes._run import MapWork, Scope, Sink
 from hypernodes.errors import TooManyFailuresError
 
 RunItem = Callable[[Scope, Program, list[Any], int, "MapRun"], Awaitable[None]]
@@ -87,30 +87,18 @@ class MapRun:
     each, up to ``limit``.
     """
 
-    def __init__(
-        self,
-        scope: Scope,
-        program: Program,
-        template: list[Any],
-        spec: MapSpec,
-        feed: Feed,
-        sink: Sink,
-        run_item: RunItem,
-        *,
-        limit: int,
-        first: int = 0,
-    ) -> None:
-        self._scope = scope
-        self._program = program
+    def __init__(self, work: MapWork, template: list[Any], run_item: RunItem, *, limit: int, first: int = 0) -> None:
+        self._scope = work.scope
+        self._program = work.program
         self._template = template
-        self._spec = spec
-        self._feed = feed
-        self._sink = sink
+        self._spec = work.spec
+        self._feed = work.feed
+        self._sink = work.sink
         self._limit = limit
         self._run_item = run_item
-        self._slots = tuple(program.slots[name] for name in spec.over)
-        self._failures = Failures(scope, spec, sink)
-        self._quick = not feed.waits and not sink.bounded
+        self._slots = tuple(work.program.slots[name] for name in work.spec.over)
+        self._failures = Failures(work.scope, work.spec, work.sink)
+        self._quick = not work.feed.waits and not work.sink.bounded
         self._active = 1
         self._taken = first
         self._taking = False

@@ -10,7 +10,7 @@ import anyio
 
 from hypernodes._callbacks import HOOK_NAMES
 from hypernodes._node import REQUIRED, checked_count
-from hypernodes._plan import ExecutionPlan, describe, needed_steps
+from hypernodes._plan import ExecutionPlan, describe, needed_outputs
 from hypernodes.backend import Backend
 from hypernodes.errors import DefinitionError, DependencyError, did_you_mean, quoted
 
@@ -89,18 +89,13 @@ def check_call(plan: ExecutionPlan, given: Mapping[str, Any], wanted: tuple[str,
     if wanted is not None:
         plan.check_outputs(wanted)
     for name, default in plan.inputs.items():
-        if default is REQUIRED and name not in given and (wanted is None or name in _inputs_for(plan, wanted)):
+        if default is REQUIRED and name not in given and (wanted is None or name in needed_outputs(plan, wanted)[1]):
             raise DependencyError(_missing_inputs(plan, given, wanted))
     for limit, user in plan.open_limits.items():
         raise DependencyError(
             f"node {user!r} asks for limit={limit!r}, which no pipeline sets: "
             f"add limits={{{limit!r}: count}} to {plan.label}{did_you_mean(limit, plan.settings.limits)}"
         )
-
-
-def _inputs_for(plan: ExecutionPlan, wanted: tuple[str, ...]) -> set[str]:
-    needed = needed_steps(plan, wanted)
-    return {name for step in plan.steps if id(step) in needed for name in step.inputs}
 
 
 def _unknown_input(plan: ExecutionPlan, name: Any) -> str:
@@ -117,7 +112,7 @@ def _unknown_input(plan: ExecutionPlan, name: Any) -> str:
 
 
 def _missing_inputs(plan: ExecutionPlan, given: Mapping[str, Any], wanted: tuple[str, ...] | None) -> str:
-    asked = set(plan.inputs) if wanted is None else _inputs_for(plan, wanted)
+    asked = set(plan.inputs) if wanted is None else needed_outputs(plan, wanted)[1]
     missing = [name for name in plan.required if name in asked and name not in given]
     users = {name: next(step.name for step in plan.steps if name in step.inputs) for name in missing}
     listing = ", ".join(f"{name!r} (for {users[name]!r})" for name in missing)

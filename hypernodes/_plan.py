@@ -69,6 +69,10 @@ class CallStep:
         """Names and defaults of what it needs."""
         return {name: each.default for name, each in self.node.parameters.items()}
 
+    def inputs_for(self, outputs: Collection[str]) -> Collection[str]:
+        """Names of what it needs to make some of its outputs: a function needs everything."""
+        return self.node.parameters
+
     def typed_inputs(self) -> Mapping[str, Input]:
         return self.node.inputs
 
@@ -99,6 +103,12 @@ class PlanStep:
         mapped = self.map.over if self.map else ()
         # A default is for a single item, so a mapped input is always required.
         return {outer: REQUIRED if outer in mapped else inner[name] for outer, name in self.outer_to_inner.items()}
+
+    def inputs_for(self, outputs: Collection[str]) -> Collection[str]:
+        """Names (outside) of what it needs to make some of its outputs; a map needs what it goes over."""
+        _, inner = needed_outputs(self.plan, (name for name, outer in self.inner_to_outer.items() if outer in outputs))
+        over = self.map.over if self.map else ()
+        return [outer for outer, name in self.outer_to_inner.items() if name in inner or outer in over]
 
     def typed_inputs(self) -> Mapping[str, Input]:
         inner = self.plan.typed_inputs()
@@ -228,16 +238,20 @@ def compile_plan(
     )
 
 
-def needed_steps(plan: ExecutionPlan, wanted: Iterable[str]) -> set[int]:
-    """Return the identities of the steps that these outputs need."""
-    needed: set[int] = set()
-    stack = [plan.producers[name] for name in wanted]
-    while stack:
-        step = stack.pop()
-        if id(step) not in needed:
-            needed.add(id(step))
-            stack.extend(plan.producers[name] for name in step.inputs if name in plan.producers)
-    return needed
+def needed_outputs(plan: ExecutionPlan, wanted: Iterable[str]) -> tuple[dict[int, frozenset[str]], set[str]]:
+    """Return what these outputs need.
+
+    First, by the identity of each step, the outputs that it has to make; then the names of all values in play,
+    inputs among them.
+    """
+    names = set(wanted)
+    needed: dict[int, frozenset[str]] = {}
+    for step in reversed(plan.steps):
+        made = names.intersection(step.outputs)
+        if made:
+            needed[id(step)] = frozenset(made)
+            names.update(step.inputs_for(made))
+    return needed, names
 
 
 def _producers(steps: Sequence[Step]) -> dict[str, Step]:

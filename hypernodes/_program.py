@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from hypernodes._cost import ELSEWHERE, ON_LOOP, Cost, cost_of
 from hypernodes._mapping import MapSpec
 from hypernodes._node import REQUIRED, Node
-from hypernodes._plan import CallStep, ExecutionPlan, PlanStep, needed_steps
+from hypernodes._plan import CallStep, ExecutionPlan, PlanStep, needed_outputs
 
 Auto = Literal["measure", "loop", "thread", "process"]
 
@@ -158,14 +158,15 @@ class _Binder:
                 self._slots[name] = self._given[name] = self._slot(None)
 
     def program(self) -> Program:
-        needed = needed_steps(self._plan, self._wanted)
+        needed, _ = needed_outputs(self._plan, self._wanted)
         chosen = [step for step in self._plan.steps if id(step) in needed]
         made = {output: position for position, step in enumerate(chosen) for output in step.outputs}
         for output in made:
             self._slots[output] = self._slot(None)
-        used = self._wanted_names(chosen)
-        steps = tuple(self._call(step) if isinstance(step, CallStep) else self._nested(step, used) for step in chosen)
-        before = [{made[name] for name in step.inputs if name in made} for step in chosen]
+        steps = tuple(
+            self._call(step) if isinstance(step, CallStep) else self._nested(step, needed[id(step)]) for step in chosen
+        )
+        before = [{made[name] for name in step.inputs_for(needed[id(step)]) if name in made} for step in chosen]
         after: list[list[int]] = [[] for _ in chosen]
         for position, earlier in enumerate(before):
             for each in earlier:
@@ -182,9 +183,6 @@ class _Binder:
             unblocks=tuple(tuple(each) for each in after),
             linear=all(position - 1 in earlier for position, earlier in enumerate(before) if position),
         )
-
-    def _wanted_names(self, chosen: list[Any]) -> set[str]:
-        return {*self._wanted, *(name for step in chosen for name in step.inputs)}
 
     def _slot(self, value: Any) -> int:
         self._template.append(value)
@@ -221,13 +219,13 @@ class _Binder:
             targets=targets,
         )
 
-    def _nested(self, step: PlanStep, used: set[str]) -> BoundPlan:
+    def _nested(self, step: PlanStep, made: frozenset[str]) -> BoundPlan:
         available = {
-            outer: inner
-            for outer, inner in step.outer_to_inner.items()
-            if outer in self._slots or step.plan.inputs[inner] is REQUIRED
+            outer: step.outer_to_inner[outer]
+            for outer in step.inputs_for(made)
+            if outer in self._slots or step.plan.inputs[step.outer_to_inner[outer]] is REQUIRED
         }
-        wanted = tuple(inner for inner, outer in step.inner_to_outer.items() if outer in used)
+        wanted = tuple(inner for inner, outer in step.inner_to_outer.items() if outer in made)
         places = self._places.of_items() if step.map else self._places
         program = bind(step.plan, frozenset(available.values()), wanted, places)
         over = step.map.over if step.map else ()

@@ -18,7 +18,6 @@ from hypernodes._node import Node
 from hypernodes._plan import INHERIT, ExecutionPlan
 from hypernodes._program import BoundCall, Program
 from hypernodes._threads import default_threads
-from hypernodes.errors import DefinitionError
 from hypernodes.events import Emit, format_path
 
 if TYPE_CHECKING:
@@ -96,21 +95,17 @@ class Workers(Protocol):
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
         path: Path,
+        *,
         tell: Callable[[Any], None],
+        ready: Callable[[], None],
     ) -> Any:
-        """Call one function in a worker process; pieces of a generator are told as they come."""
+        """Call one function in a worker process.
+
+        ``tell`` is called with the pieces of a generator as they come, ``ready`` when the worker is there.
+        """
         ...
 
-    async def map(
-        self,
-        scope: Scope,
-        program: Program,
-        inputs: Mapping[str, Any],
-        spec: MapSpec,
-        feed: Feed,
-        total: int | None,
-        sink: Sink,
-    ) -> None:
+    async def map(self, work: MapWork) -> None:
         """Run a map's items in chunks in worker processes."""
         ...
 
@@ -119,7 +114,27 @@ class Workers(Protocol):
         ...
 
 
-StartWorkers = Callable[[int | None], tuple[Workers, bool]]
+class Place(Protocol):
+    """The backend that a scope runs on, as far as the engine asks it for something."""
+
+    def start_workers(self) -> tuple[Workers, bool]:
+        """Return worker processes, and whether the run that asks for them has to stop them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MapWork:
+    """One map, ready to run: what to run, on which rows, and where results go."""
+
+    scope: Scope
+    program: Program
+    inputs: Mapping[str, Any]
+    """What all items share, by name."""
+    spec: MapSpec
+    feed: Feed
+    total: int | None
+    """How many rows there are, where that is known."""
+    sink: Sink
 
 
 class Run:
@@ -127,8 +142,7 @@ class Run:
 
     __slots__ = (
         "_bounds",
-        "_owns_workers",
-        "_start_workers",
+        "_own_workers",
         "_threads",
         "_workers",
         "blamed",
@@ -137,7 +151,7 @@ class Run:
         "yield_at",
     )
 
-    def __init__(self, run_id: str, emit: Emit | None, start_workers: StartWorkers | None) -> None:
+    def __init__(self, run_id: str, emit: Emit | None) -> None:
         self.run_id = run_id
         self.emit = emit
         self.blamed: dict[int, tuple[BaseException, Path]] = {}
@@ -145,9 +159,8 @@ class Run:
         self.yield_at = time.perf_counter() + SLICE_S
         self._bounds: dict[BoundKey, Bound] = {}
         self._threads: dict[int, anyio.CapacityLimiter] = {}
-        self._start_workers = start_workers
-        self._workers: Workers | None = None
-        self._owns_workers = False
+        self._workers: dict[Place, Workers] = {}
+        self._own_workers: list[Workers] = []
 
     async def breathe(self) -> None:
         """Let the loop's other tasks have a turn, and be cancelled if that is due."""
@@ -173,19 +186,26 @@ class Run:
             return limiter
         return default_threads()
 
-    def workers(self, max_workers: int | None) -> Workers:
-        """Return this run's worker processes."""
-        if self._workers is None:
-            if self._start_workers is None:
-                raise DefinitionError("this backend has no worker processes: use LocalBackend")
-            self._workers, self._owns_workers = self._start_workers(max_workers)
-        return self._workers
+    def workers(self, place: Place) -> Workers:
+        """Return the worker processes of a backend in this run."""
+        workers = self._workers.get(place)
+        if workers is None:
+            workers, own = place.start_workers()
+            self._workers[place] = workers
+            if own:
+                self._own_workers.append(workers)
+        return workers
+
+    def leave_thread(self) -> bool:
+        """Say whether a running thread may be left behind when its node is cancelled: not in this process."""
+        return False
 
     async def aclose(self) -> None:
         """Stop the worker processes that this run started."""
-        if self._workers is not None and self._owns_workers:
+        if self._own_workers:
             with anyio.CancelScope(shield=True):
-                await self._workers.aclose()
+                for workers in self._own_workers:
+                    await workers.aclose()
 
     def blame(self, error: BaseException, path: Path) -> bool:
         """Note on an error the innermost node it came from; say whether this was the first to note it."""
@@ -221,7 +241,7 @@ class Scope:
         plan: ExecutionPlan,
         path: Path,
         engine: PipelineExecutionEngine,
-        backend: Any,
+        backend: Place,
         limits: Mapping[str, Bound],
     ) -> None:
         self.run = run

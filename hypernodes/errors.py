@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hypernodes._mapping import ItemFailure
 
 __all__ = [
+    "AwaitedCancelledError",
     "CycleError",
     "DefinitionError",
     "DependencyError",
@@ -67,6 +68,10 @@ class NodeTimeoutError(ExecutionError, TimeoutError):
     """A node, or a pipeline with a ``timeout``, did not finish within its seconds."""
 
 
+class AwaitedCancelledError(ExecutionError):
+    """A node awaited something that had been cancelled, while nobody had cancelled the node itself."""
+
+
 class WorkerCrashedError(ExecutionError):
     """The process that ran a node or a map item died: killed, out of memory, or a crash in native code."""
 
@@ -106,7 +111,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     import difflib
 
     choices = [choice for choice in known if isinstance(choice, str)]
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
     if not choices:

@@ -7,7 +7,6 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,12 @@ import anyio
 
 from hypernodes._crew import Crew
 from hypernodes._engine import PipelineExecutionEngine
-from hypernodes._feed import END, Feed
+from hypernodes._feed import END
 from hypernodes._map_run import Failures
-from hypernodes._mapping import MapSpec
 from hypernodes._plan import ExecutionPlan, PlanStep
 from hypernodes._program import BoundPlan, Program
-from hypernodes._run import Bound, BoundKey, Mode, Scope, Sink, held
-from hypernodes.backend._wire import Travelling, load_error, packed, packed_checked, with_error
+from hypernodes._run import Bound, BoundKey, MapWork, Mode, Scope, held
+from hypernodes.backend._wire import Travelling, load_error, loads, packed, packed_checked, with_error
 from hypernodes.errors import SerializationError, WorkerCrashedError
 from hypernodes.events import Event, format_path
 
@@ -57,24 +55,18 @@ class WorkerDied(Exception):  # noqa: N818 - never leaves this package
 class ChunkedMap:
     """The items of one map, run by worker processes."""
 
-    def __init__(
-        self,
-        pool: WorkerPool,
-        scope: Scope,
-        program: Program,
-        inputs: Mapping[str, Any],
-        spec: MapSpec,
-        feed: Feed,
-        total: int | None,
-        sink: Sink,
-    ) -> None:
+    def __init__(self, pool: WorkerPool, work: MapWork) -> None:
         self._pool = pool
-        self.scope = scope
-        self._spec = spec
-        self._feed = feed
-        self._total = total
-        self._sink = sink
-        self._failures = Failures(scope, spec, sink)
+        self.scope = scope = work.scope
+        self._spec = spec = work.spec
+        self._feed = work.feed
+        self._total = total = work.total
+        self._sink = work.sink
+        self._inputs = work.inputs
+        self._plan = work.program.plan
+        self._wanted = tuple(name for name, _ in work.program.outputs)
+        self._failures = Failures(scope, spec, work.sink)
+        program = work.program
         self._attempts = _crash_attempts(program)
         self._taken = 0
         self._taking = anyio.Lock()
@@ -89,9 +81,6 @@ class ChunkedMap:
         self._limit = max(1, items_at_once // self._lanes) if _waits(program) else 1
         self._least = min(self._limit, MOST_ITEMS)
         self._size = self._least
-        self._inputs = inputs
-        self._wanted = tuple(name for name, _ in program.outputs)
-        self._plan = program.plan
         bounds = _bounds(program.plan, scope)
         self._keys = list(bounds)
         self.bounds = list(bounds.values())
@@ -128,6 +117,7 @@ class ChunkedMap:
             "wanted": self._wanted,
             "run_id": scope.run.run_id,
             "limit": self._limit,
+            "backend": scope.backend,
         }
         named = {f"inputs[{name!r}]": value for name, value in self._inputs.items()}
         named |= _functions(self._plan)
@@ -152,12 +142,13 @@ class ChunkedMap:
 
     async def _lane(self, crew: Crew) -> None:
         """Give chunks to one worker after another, until there is nothing left to do."""
-        while (chunk := await self._next_chunk()) is not None:
+        while (chunk := await self.next_chunk()) is not None:
             with contextlib.suppress(WorkerDied):
                 async with held([self._pool.tokens]), self._pool.worker() as worker:
                     await _Lane(self, worker, chunk).run()
 
-    async def _next_chunk(self) -> Chunk | None:
+    async def next_chunk(self) -> Chunk | None:
+        """Return the next rows to run; None when there are none left."""
         if self._redo:
             return self._redo.popleft()
         async with self._taking:
@@ -205,10 +196,20 @@ class ChunkedMap:
                 emit(with_error(event, load_error))
         for index, outputs, error in items:
             chunk.done.add(index)
-            if error is None:
-                self._sink.deliver(index, outputs)
-            else:
+            if error is not None:
                 self.failed(chunk, index, self.rebuilt(error))
+                continue
+            try:
+                made = loads(outputs)
+            except Exception as reason:  # noqa: BLE001 - unpickling runs the user's code
+                unreadable = SerializationError(
+                    f"an output of item {index} cannot be rebuilt here: {type(reason).__name__}: {reason}"
+                )
+                unreadable.__cause__ = reason
+                self.scope.run.blame(unreadable, self.scope.at(index))
+                self.failed(chunk, index, unreadable)
+            else:
+                self._sink.deliver(index, made)
 
     def failed(self, chunk: Chunk, index: int, error: BaseException) -> None:
         """Hand an item's failure to the sink, or raise it."""
@@ -250,10 +251,6 @@ class ChunkedMap:
             self.scope.run.blame(error, path)
             self.failed(chunk, index, error)
 
-    async def next_chunk(self) -> Chunk | None:
-        """Return the next rows to run; None when there are none left."""
-        return await self._next_chunk()
-
 
 class _Lane:
     """One worker with the chunks that it is given, one at a time."""
@@ -274,9 +271,9 @@ class _Lane:
             kind, *message = await worker.receive()
             if kind == "raised":
                 raise chunked.rebuilt(message[0])
-            while self._chunk is not None:
+            while self._chunk is not None and worker.alive:
                 await self._run_chunk(crew, self._chunk)
-                self._chunk = await chunked.next_chunk()
+                self._chunk = await chunked.next_chunk() if worker.alive else None
         except WorkerDied:
             assert self._chunk is not None
             board = bytes(worker.board[: len(self._chunk.rows)])
@@ -303,7 +300,10 @@ class _Lane:
                 case "release":
                     self._held[message[0]].popleft().set()
                 case "done":
-                    seconds, error = message
+                    seconds, error, spent = message
+                    if spent:
+                        # A thread that was given up runs on in it.
+                        await worker.aclose()
                     if error is not None:
                         raise chunked.rebuilt(error)
                     chunked.measured(len(chunk.rows), seconds)
@@ -346,7 +346,7 @@ def _crash_attempts(program: Program) -> int:
     for step in program.steps:
         if isinstance(step, BoundPlan):
             most = max(most, _crash_attempts(step.program))
-        elif step.node.retry is not None and any(issubclass(WorkerCrashedError, kind) for kind in step.node.retry.on):
+        elif step.node.retry is not None and step.node.retry.covers(WorkerCrashedError()):
             most = max(most, step.node.retry.attempts)
     return most
 

@@ -37,13 +37,13 @@ class LocalBackend(Backend):
         max_concurrency: int | None = None,
     ) -> None:
         self.engine = PipelineExecutionEngine(node_execution, map_execution, max_workers, max_concurrency)
-        self._kept: dict[object, WorkerPool] = {}
+        self._kept: dict[object, tuple[WorkerPool, int]] = {}
 
     async def arun(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:
         """Run a job on this event loop."""
         if job.run is not None:
             return await self.engine.arun(job, job.run, self)
-        run = Run(job.run_id, emit, self._start_workers)
+        run = Run(job.run_id, emit)
         try:
             return await self.engine.arun(job, run, self)
         finally:
@@ -54,7 +54,7 @@ class LocalBackend(Backend):
         if job.run is not None:
             await self.engine.amap(job, job.run, self, sink)
             return
-        run = Run(job.run_id, emit, self._start_workers)
+        run = Run(job.run_id, emit)
         try:
             await self.engine.amap(job, run, self, sink)
         finally:
@@ -64,26 +64,27 @@ class LocalBackend(Backend):
         from hypernodes.backend._process import WorkerPool
 
         token = anyio.lowlevel.current_token()
-        if token not in self._kept:
-            self._kept[token] = WorkerPool(self.engine.max_workers)
+        pool, holders = self._kept.get(token) or (WorkerPool(self.engine.max_workers), 0)
+        self._kept[token] = pool, holders + 1
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        pool = self._kept.pop(anyio.lowlevel.current_token(), None)
-        if pool is not None:
-            with anyio.CancelScope(shield=True):
-                await pool.aclose()
+        token = anyio.lowlevel.current_token()
+        pool, holders = self._kept.pop(token)
+        if holders > 1:
+            self._kept[token] = pool, holders - 1
+            return
+        with anyio.CancelScope(shield=True):
+            await pool.aclose()
 
-    def _start_workers(self, max_workers: int | None) -> tuple[Workers, bool]:
+    def start_workers(self) -> tuple[Workers, bool]:
         """Return worker processes, and whether the run that asks for them has to stop them."""
         from hypernodes.backend._process import WorkerPool
 
         kept = self._kept.get(anyio.lowlevel.current_token()) if self._kept else None
-        if kept is not None and max_workers == self.engine.max_workers:
-            return kept, False
-        return WorkerPool(max_workers), True
+        return (kept[0], False) if kept is not None else (WorkerPool(self.engine.max_workers), True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.engine,)

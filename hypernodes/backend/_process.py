@@ -12,23 +12,23 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
 import anyio.abc
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from hypernodes._feed import Feed
-from hypernodes._mapping import MapSpec, Path
-from hypernodes._program import BoundCall, Program
-from hypernodes._run import Scope, Sink, cpu_count
+from hypernodes._mapping import Path
+from hypernodes._program import BoundCall
+from hypernodes._run import MapWork, cpu_count
 from hypernodes.backend._chunks import ChunkedMap, WorkerDied, describe_end
 from hypernodes.backend._wire import COUNT, LENGTH, Parts, dumps, frame, load_error, loads, packed_checked
 from hypernodes.errors import ExecutionError, SerializationError, WorkerCrashedError
 from hypernodes.events import format_path
 
 BOARD_SIZE = 1 << 16
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from hypernodes.backend._worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
@@ -46,48 +46,68 @@ class WorkerProcess:
         self._received = BufferedByteReceiveStream(stream)
         self._sending = anyio.Lock()
         self._status: int | None = None
-        self.funcs: dict[int, Any] = {}
-        """Functions that it has been sent, by number; kept so that a number is never used twice."""
+        self.funcs: set[int] = set()
+        """The numbers of the functions that it has been sent."""
 
     @classmethod
-    async def start(cls) -> WorkerProcess:
-        """Start a worker in a session of its own, so that it can be killed with all that it starts."""
+    async def start(cls, cpus: int) -> WorkerProcess:
+        """Start a worker in a session of its own, so that it can be killed with all that it starts.
+
+        ``cpus`` is how many CPUs libraries such as BLAS should use in it, unless the environment says otherwise.
+
+        Raises:
+            WorkerCrashedError: it ended before it was ready; its standard error says why.
+        """
         if os.name != "posix":
             raise ExecutionError(
                 "worker processes need a POSIX system (Linux or macOS): "
                 'use node_execution and map_execution "async" or "threaded"'
             )
-        ours, theirs = socket.socketpair()
-        with theirs, tempfile.TemporaryFile() as file:
-            file.truncate(BOARD_SIZE)
-            board = mmap.mmap(file.fileno(), BOARD_SIZE)
-            fds = (theirs.fileno(), file.fileno())
-            flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-            command = [sys.executable, *flags, "-c", _START, json.dumps(sys.path), *map(str, fds)]
-            try:
+        with contextlib.ExitStack() as opened:
+            ours, theirs = socket.socketpair()
+            opened.callback(ours.close)
+            with theirs, tempfile.TemporaryFile() as file:
+                file.truncate(BOARD_SIZE)
+                board = mmap.mmap(file.fileno(), BOARD_SIZE)
+                opened.callback(board.close)
+                fds = (theirs.fileno(), file.fileno())
+                flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
                 process = await anyio.open_process(
-                    command,
+                    [sys.executable, *flags, "-c", _START, json.dumps(sys.path), *map(str, fds)],
                     stdin=subprocess.DEVNULL,
                     stdout=None,
                     stderr=None,
+                    env={**dict.fromkeys(_THREAD_VARIABLES, str(cpus)), **os.environ},
                     pass_fds=fds,
                     start_new_session=True,
                 )
+            try:
+                stream = await anyio.abc.UNIXSocketStream.from_socket(ours)
             except BaseException:
-                ours.close()
-                board.close()
+                with anyio.CancelScope(shield=True):
+                    _kill(process.pid)
+                    await process.wait()
+                    await process.aclose()
                 raise
+            opened.pop_all()
+        worker = cls(process, stream, board)
         try:
-            stream = await anyio.abc.UNIXSocketStream.from_socket(ours)
+            await worker.receive()
+        except WorkerDied:
+            status = await worker.aclose()
+            raise WorkerCrashedError(
+                f"a worker process (pid {worker.pid}) could not start and {describe_end(status)}; "
+                f"its standard error says why"
+            ) from None
         except BaseException:
-            ours.close()
-            board.close()
-            with anyio.CancelScope(shield=True):
-                _kill(process.pid)
-                await process.wait()
-                await process.aclose()
+            await worker.aclose()
             raise
-        return cls(process, stream, board)
+        return worker
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not been closed."""
+        return self._status is None
 
     @property
     def pid(self) -> int:
@@ -159,13 +179,13 @@ class WorkerPool:
     @contextlib.asynccontextmanager
     async def worker(self) -> AsyncIterator[WorkerProcess]:
         """Lend a worker to one who holds a token; one whose block ends with an error or a cancellation is killed."""
-        worker = self._idle.pop() if self._idle else await WorkerProcess.start()
+        worker = self._idle.pop() if self._idle else await WorkerProcess.start(max(1, cpu_count() // self.size))
         try:
             yield worker
         except BaseException:
             await worker.aclose()
             raise
-        if self._closed:
+        if self._closed or not worker.alive:
             await worker.aclose()
         else:
             self._idle.append(worker)
@@ -176,7 +196,9 @@ class WorkerPool:
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
         path: Path,
+        *,
         tell: Callable[[Any], None],
+        ready: Callable[[], None],
     ) -> Any:
         """Call one function in a worker.
 
@@ -190,10 +212,11 @@ class WorkerPool:
         is_generator = step.node.kind == "generator"
         pieces: list[Any] = []
         async with self.worker() as worker:
+            ready()
             known = number in worker.funcs
             try:
                 await worker.send("call", number, step.name, None if known else func, sent)
-                worker.funcs[number] = step.node
+                worker.funcs.add(number)
                 while True:
                     kind, value = await worker.receive()
                     if kind != "piece":
@@ -210,18 +233,9 @@ class WorkerPool:
             raise load_error(value)
         return pieces if is_generator else value
 
-    async def map(
-        self,
-        scope: Scope,
-        program: Program,
-        inputs: Mapping[str, Any],
-        spec: MapSpec,
-        feed: Feed,
-        total: int | None,
-        sink: Sink,
-    ) -> None:
+    async def map(self, work: MapWork) -> None:
         """Run a map's items in chunks, as many workers at once as there are."""
-        await ChunkedMap(self, scope, program, inputs, spec, feed, total, sink).run()
+        await ChunkedMap(self, work).run()
 
     def _func(self, step: BoundCall) -> tuple[int, list[Any]]:
         known = self._numbers.get(step.node)

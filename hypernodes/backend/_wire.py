@@ -116,16 +116,35 @@ Travelling = tuple[list[Any], str, Path | None]
 def dump_error(error: BaseException, path: Path | None) -> Travelling:
     """Return an error as it travels: itself where it can be rebuilt, its traceback, and where it began."""
     text = "".join(traceback.format_exception(error))
-    try:
-        parts = packed(error)
-        if not isinstance(loads(parts), BaseException):
-            raise TypeError(f"{type(error).__name__} does not come back as an exception")
-    except Exception:  # noqa: BLE001 - pickling and unpickling run the user's code
-        stand_in = RemoteExecutionError(f"{type(error).__name__}: {_said(error)}")
-        for note in getattr(error, "__notes__", ()):
-            stand_in.add_note(note)
-        parts = packed(stand_in)
-    return parts, text, path
+    for form in (error, _Rebuilt(error)):
+        try:
+            parts = packed(form)
+            if isinstance(loads(parts), BaseException):
+                return parts, text, path
+        except Exception:  # noqa: BLE001 - pickling and unpickling run the user's code
+            continue
+    stand_in = RemoteExecutionError(
+        f"{type(error).__name__}: {_said(error)} (the error itself cannot be pickled, so it stays in the worker)"
+    )
+    for note in getattr(error, "__notes__", ()):
+        stand_in.add_note(note)
+    return packed(stand_in), text, path
+
+
+class _Rebuilt:
+    """An exception whose own pickling fails, mostly as its ``__init__`` takes other arguments than ``args``."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_error, (type(self._error), self._error.args, self._error.__dict__)
+
+
+def _rebuild_error(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def _said(error: BaseException) -> str:

@@ -33,19 +33,18 @@ from hypernodes._map_run import MapRun
 from hypernodes._mapping import ItemFailure, MapSpec, Path, Rows
 from hypernodes._plan import ExecutionPlan
 from hypernodes._program import Places, bind
-from hypernodes._run import Bound, BoundKey, Run, Scope
+from hypernodes._run import Bound, BoundKey, MapWork, Run, Scope
 from hypernodes.backend._chunks import DONE, STARTED
-from hypernodes.backend._local import LocalBackend
 from hypernodes.backend._process import BOARD_SIZE
-from hypernodes.backend._wire import COUNT, LENGTH, Parts, dump_error, dumps, frame, loads, with_error
+from hypernodes.backend._wire import COUNT, LENGTH, Parts, dump_error, dumps, frame, loads, packed, with_error
 from hypernodes.errors import SerializationError
 
 FLUSH_S = 0.05
 """Results and events are sent when the last ones were sent this many seconds ago."""
 
 
-Finished = tuple[int, tuple[Any, ...] | None, Any]
-"""An item's index, and its outputs or its error as it travels."""
+Finished = tuple[int, list[Any] | None, Any]
+"""An item's index, and its outputs or its error, each as it travels."""
 
 
 class Channel:
@@ -81,8 +80,12 @@ class Channel:
     def send_parts(self, parts: Parts) -> None:
         """Write one frame that is pickled already."""
         with self._sending:
-            for piece in frame(parts):
-                self._connection.sendall(piece)
+            try:
+                for piece in frame(parts):
+                    self._connection.sendall(piece)
+            except OSError:
+                # The parent is gone.
+                os.killpg(0, signal.SIGKILL)
 
 
 class RemoteBound:
@@ -133,11 +136,18 @@ class RemoteBound:
 class WorkerRun(Run):
     """The state of a run in a worker: its bounds are the parent's."""
 
-    __slots__ = ("_remote",)
+    __slots__ = ("_remote", "spent")
 
     def __init__(self, run_id: str, emit: ev.Emit | None, remote: Mapping[BoundKey, RemoteBound]) -> None:
-        super().__init__(run_id, emit, LocalBackend()._start_workers)
+        super().__init__(run_id, emit)
         self._remote = remote
+        self.spent = False
+        """Whether a thread runs on in this process that nobody waits for."""
+
+    def leave_thread(self) -> bool:
+        """Leave it: the parent kills a spent worker."""
+        self.spent = True
+        return True
 
     def bound(self, key: BoundKey, value: Any) -> Bound:
         """Return the parent's bound for a key."""
@@ -182,7 +192,13 @@ class Outbox:
     def deliver(self, index: int, outputs: tuple[Any, ...]) -> None:
         """Take an item's outputs."""
         self._board[index - self.first] = DONE
-        self._items.append((index, outputs, None))
+        # Pickled one by one, and now: one that cannot be, here or there, spoils no other.
+        item: Finished
+        try:
+            item = index, packed(outputs), None
+        except Exception:  # noqa: BLE001 - pickling runs the user's code
+            item = index, None, dump_error(self._unsendable(index, outputs), None)
+        self._items.append(item)
         self._send_in_time()
 
     def fail(self, failure: ItemFailure) -> None:
@@ -203,9 +219,8 @@ class Outbox:
                 return
             try:
                 parts = dumps(("results", items, events))
-            except Exception:  # noqa: BLE001 - find out which one cannot be sent
-                sendable = [event for event in events if _sendable(event)]
-                parts = dumps(("results", [self._sendable(item) for item in items], sendable))
+            except Exception:  # noqa: BLE001 - an event about a value that cannot be sent is not sent
+                parts = dumps(("results", items, [event for event in events if _sendable(event)]))
             self._channel.send_parts(parts)
 
     def close(self) -> None:
@@ -229,14 +244,13 @@ class Outbox:
             time.sleep(FLUSH_S)
             self.flush()
 
-    def _sendable(self, item: Finished) -> Finished:
-        index, outputs, error = item
+    def _unsendable(self, index: int, outputs: tuple[Any, ...]) -> SerializationError:
         try:
-            for name, value in zip(self._wanted, outputs or (), strict=False):
+            for name, value in zip(self._wanted, outputs, strict=True):
                 sendable(value, value, f"output {name!r} of item {index}")
-        except SerializationError as unsendable:
-            return index, None, dump_error(unsendable, None)
-        return index, outputs, error
+        except SerializationError as error:
+            return error
+        return SerializationError(f"the outputs of item {index} cannot be sent back together from a worker process")
 
 
 def sendable(message: Any, value: Any, what: str) -> Parts:
@@ -283,8 +297,8 @@ class MapHere:
             self._template[self._program.slots[name]] = value
         self._board = board
         self._outbox = Outbox(channel, board, described["wanted"], kinds)
-        run = WorkerRun(described["run_id"], self._outbox if kinds else None, remote)
-        self._scope = Scope(run, plan, path, engine, None, limits)
+        run = self._run = WorkerRun(described["run_id"], self._outbox if kinds else None, remote)
+        self._scope = Scope(run, plan, path, engine, described["backend"], limits)
         self._limit: int = described["limit"]
 
     async def run(self, first: int, rows: list[tuple[Any, ...]]) -> tuple[float, Any]:
@@ -300,10 +314,8 @@ class MapHere:
         began = time.perf_counter()
         error = None
         try:
-            await MapRun(
-                self._scope, self._program, self._template, self._spec, feed, self._outbox, run_item,
-                limit=self._limit, first=first,
-            ).run()  # fmt: skip
+            work = MapWork(self._scope, self._program, {}, self._spec, feed, len(rows), self._outbox)
+            await MapRun(work, self._template, run_item, limit=self._limit, first=first).run()
         except BaseException as raised:  # noqa: BLE001 - it is raised in the parent
             origin = self._scope.run.forgive(raised, self._scope.path)
             error = dump_error(raised, None if origin == self._scope.path else origin)
@@ -314,6 +326,11 @@ class MapHere:
             for bound in self.bounds:
                 await bound.settled()
         return seconds, error
+
+    @property
+    def spent(self) -> bool:
+        """Whether this worker should run no more chunks."""
+        return self._run.spent
 
     async def aclose(self) -> None:
         """Stop what its run has started."""
@@ -343,6 +360,7 @@ class Worker:
                 loop.call_soon_threadsafe(send.send_nowait, self._channel.receive())
 
         threading.Thread(target=read, name="hypernodes-reader", daemon=True).start()
+        self._channel.send("up")
         async with anyio.create_task_group() as group, receive:
             async for parts in receive:
                 kind, *message = loads(parts)
@@ -414,9 +432,10 @@ class Worker:
         try:
             rows = loads(parts)
             seconds, error = await self._map.run(first, rows)
+            spent = self._map.spent
         except BaseException as raised:  # noqa: BLE001 - it is raised in the parent
-            seconds, error = 0.0, dump_error(raised, None)
-        self._channel.send("done", seconds, error)
+            seconds, error, spent = 0.0, dump_error(raised, None), False
+        self._channel.send("done", seconds, error, spent)
 
 
 def main(socket_fd: int, board_fd: int) -> None:
