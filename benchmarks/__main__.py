@@ -90,16 +90,12 @@ def earlier_command(python: str | None) -> list[str] | None:
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Run the benchmarks, print tables"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run the benchmarks, print tables")
     parser.add_argument(
         "name", nargs="*", choices=[*SCRIPTS, "peers", []], help=f"only these: {', '.join(SCRIPTS)}, peers"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
-    parser.add_argument(
-        "--write", action="store_true", help="also write the tables into benchmarks/README.md"
-    )
+    parser.add_argument("--write", action="store_true", help="also write the tables into benchmarks/README.md")
     parser.add_argument(
         "--earlier-python",
         metavar="PATH",

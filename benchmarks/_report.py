@@ -31,9 +31,7 @@ def environment_line(reports: Sequence[Json]) -> str:
     """With what the figures were taken, and how busy the machine was."""
     here = reports[0]["environment"]
     loads = sorted(report["environment"]["load"] for report in reports)
-    quick = (
-        " **Quick run: these figures mean nothing.**" if any(report["quick"] for report in reports) else ""
-    )
+    quick = " **Quick run: these figures mean nothing.**" if any(report["quick"] for report in reports) else ""
     return (
         f"{here['date']}, {here['implementation']} {here['python']}, {here['platform']}, {here['cpu']}, "
         f"{here['cores']} cores (load {loads[0]:g} to {loads[-1]:g}), hypernodes {here['hypernodes']}, "
@@ -75,9 +73,7 @@ def growth_table(report: Json) -> str:
         target = next(cell["target"]["text"] for cell in reversed(cells) if cell and cell["target"])
         unit = next(cell["unit"] for cell in cells if cell)
         figures = [number(cell["median"]) if cell else "" for cell in cells]
-        lines.append(
-            (f"{name} ({unit})", *figures, target, f"**no**, at {', '.join(missed)}" if missed else "yes")
-        )
+        lines.append((f"{name} ({unit})", *figures, target, f"**no**, at {', '.join(missed)}" if missed else "yes"))
     return _table(("", *(f"{size:,}" for size in sizes), "target", "reached"), lines)
 
 

@@ -29,9 +29,7 @@ def defined(source: str) -> list[Function]:
 def chain(length: int, *, asynchronous: bool = False) -> list[Function]:
     """``n1(n0)``, ``n2(n1)`` and so on: each adds one."""
     define = "async def" if asynchronous else "def"
-    return defined(
-        "".join(f"{define} n{i + 1}(n{i}: int) -> int:\n    return n{i} + 1\n" for i in range(length))
-    )
+    return defined("".join(f"{define} n{i + 1}(n{i}: int) -> int:\n    return n{i} + 1\n" for i in range(length)))
 
 
 def fan_out(width: int, *, asynchronous: bool = False, suspend: str = "") -> list[Function]:
@@ -41,8 +39,7 @@ def fan_out(width: int, *, asynchronous: bool = False, suspend: str = "") -> lis
     """
     define = "async def" if asynchronous else "def"
     middle = "".join(
-        f"{define} m{i}(source: int) -> int:\n    {suspend or 'pass'}\n    return source + {i}\n"
-        for i in range(width)
+        f"{define} m{i}(source: int) -> int:\n    {suspend or 'pass'}\n    return source + {i}\n" for i in range(width)
     )
     parameters = ", ".join(f"m{i}: int" for i in range(width))
     total = ", ".join(f"m{i}" for i in range(width))
@@ -100,10 +97,7 @@ def _seconds(function: Function, *arguments: Any) -> float:
 
 def calls_of(functions: Sequence[Function]) -> Calls:
     """A chain as data, for `call_in_turn`."""
-    return [
-        (function, next(iter(inspect.signature(function).parameters)), function.__name__)
-        for function in functions
-    ]
+    return [(function, next(iter(inspect.signature(function).parameters)), function.__name__) for function in functions]
 
 
 def call_in_turn(calls: Calls, values: dict[str, Any]) -> dict[str, Any]:
@@ -169,9 +163,7 @@ async def acall_three(functions: Sequence[Function], items: Iterable[int]) -> di
     return {"double": made[0], "plus_one": made[1], "text": made[2]}
 
 
-async def amap_by_workers(
-    function: Callable[[int], Awaitable[Any]], items: Sequence[int], workers: int
-) -> list[Any]:
+async def amap_by_workers(function: Callable[[int], Awaitable[Any]], items: Sequence[int], workers: int) -> list[Any]:
     """So many anyio tasks that pull from one iterator: results in the order of the items."""
     results: list[Any] = [None] * len(items)
     source = iter(enumerate(items))

@@ -27,9 +27,7 @@ class Counter(PipelineCallback):
     def on_node_start(self, node_id: str, inputs: Mapping[str, Any], ctx: CallbackContext) -> None:
         self.count += 1
 
-    def on_node_end(
-        self, node_id: str, outputs: Mapping[str, Any], duration: float, ctx: CallbackContext
-    ) -> None:
+    def on_node_end(self, node_id: str, outputs: Mapping[str, Any], duration: float, ctx: CallbackContext) -> None:
         self.count += 1
 
     def on_map_start(self, total_items: int | None, ctx: CallbackContext) -> None:
@@ -90,9 +88,7 @@ async def _row(
 async def _rows(options: Options) -> list[Row]:
     items = list(range(options.pick(10_000, 200)))
     return [
-        await _row(
-            "chain of 100 sync nodes", work.chain(100), lambda p: p.arun(n0=0), options.pick(50, 2), options
-        ),
+        await _row("chain of 100 sync nodes", work.chain(100), lambda p: p.arun(n0=0), options.pick(50, 2), options),
         await _row("map of 3 sync nodes", work.three(), lambda p: p.amap({"x": items}, "x"), 1, options),
     ]
 

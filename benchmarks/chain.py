@@ -73,16 +73,12 @@ def _from_sync_code(options: Options) -> Row:
     costs = measure(
         {
             "run": timed(lambda: of_sync.run(n0=0), runs),
-            "the functions called by keyword in a loop": timed(
-                lambda: work.call_in_turn(calls, {"n0": 0}), runs
-            ),
+            "the functions called by keyword in a loop": timed(lambda: work.call_in_turn(calls, {"n0": 0}), runs),
         },
         options.n,
         warm_up=2,
     )
-    return compared(
-        "chain of 100 sync nodes, run (starts an event loop)", "µs a node", costs, figure=per_node
-    )
+    return compared("chain of 100 sync nodes, run (starts an event loop)", "µs a node", costs, figure=per_node)
 
 
 def run(options: Options) -> Report:

@@ -28,9 +28,7 @@ async def _row(name: str, suspend: str, target: Target, runs: int, options: Opti
     subject: Callable[[], Awaitable[object]] = lambda: fan_out.arun(x=1)  # noqa: E731
     by_hand: Callable[[], Awaitable[object]] = lambda: work.acall_fan_out(functions, 1)  # noqa: E731
     assert await subject() == await by_hand()
-    costs = await ameasure(
-        {"arun": atimed(subject, runs), REFERENCE: atimed(by_hand, runs)}, options.n, warm_up=2
-    )
+    costs = await ameasure({"arun": atimed(subject, runs), REFERENCE: atimed(by_hand, runs)}, options.n, warm_up=2)
     return compared(name, "µs a node", costs, figure=per_node, target=target)
 
 
@@ -40,12 +38,8 @@ async def _rows(options: Options) -> list[Row]:
     runs = options.pick(30, 2)
     return [
         await _row("1 → 100 → 1 async nodes, trivial", "", trivial, runs, options),
-        await _row(
-            "1 → 100 → 1 async nodes, each yields once", "await anyio.sleep(0)", suspending, runs, options
-        ),
-        await _row(
-            "1 → 100 → 1 async nodes, each waits 5 ms", "await anyio.sleep(0.005)", suspending, runs, options
-        ),
+        await _row("1 → 100 → 1 async nodes, each yields once", "await anyio.sleep(0)", suspending, runs, options),
+        await _row("1 → 100 → 1 async nodes, each waits 5 ms", "await anyio.sleep(0.005)", suspending, runs, options),
     ]
 
 

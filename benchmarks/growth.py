@@ -25,10 +25,7 @@ async def _series(
     name: str, unit: str, sizes: Sequence[int], case_of: Callable[[int], Case], options: Options
 ) -> list[Row]:
     """A row a size; small sizes are repeated within a turn, so that each turn does about the same work."""
-    cases = {
-        str(size): atimed(case_of(size), max(1, min(200, options.pick(10_000, 100) // size)))
-        for size in sizes
-    }
+    cases = {str(size): atimed(case_of(size), max(1, min(200, options.pick(10_000, 100) // size))) for size in sizes}
     costs = await ameasure(cases, options.pick(7, 2))
     rows: list[Row] = []
     before: Figure | None = None

@@ -22,9 +22,7 @@ async def _rows(options: Options) -> list[Row]:
         return await work.amap_by_workers(work.fetch, items, at_once)
 
     assert await subject() == await by_hand() == items
-    costs = await ameasure(
-        {"amap": atimed(subject), "1,000 anyio workers on one iterator": atimed(by_hand)}, options.n
-    )
+    costs = await ameasure({"amap": atimed(subject), "1,000 anyio workers on one iterator": atimed(by_hand)}, options.n)
     target = Target("≤ 1.15 ×", "ratio", at_most=1.15)
     return [compared("map of 10,000 × 10 ms, 1,000 at once", "s", costs, figure=float, target=target)]
 

@@ -45,9 +45,7 @@ async def streamed(count: int) -> None:
 
 def resident_mb(key: str) -> float:
     """Resident memory of this process in MB: ``VmRSS`` is now, ``VmHWM`` the most there ever was."""
-    line = next(
-        line for line in PROCESS_STATUS.read_text(encoding="ascii").splitlines() if line.startswith(key)
-    )
+    line = next(line for line in PROCESS_STATUS.read_text(encoding="ascii").splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024 / MB
 
 

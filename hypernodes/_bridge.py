@@ -16,6 +16,7 @@ import anyio
 from hypernodes._crew import Crew
 from hypernodes._stream import Handover
 from hypernodes._threads import current_async_library, given_up, thread_call
+from hypernodes._traceback import user_frames
 
 if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
@@ -72,7 +73,11 @@ class Iteration(Generic[T]):
         assert isinstance(stream, Handover)
 
         def items() -> Iterator[T]:
-            while not closed() and (batch := _call(portal, stream.batch)):
+            while not closed():
+                with user_frames:
+                    batch = _call(portal, stream.batch)
+                if not batch:
+                    return
                 yield from batch
 
         def closed() -> bool:

@@ -21,6 +21,7 @@ from hypernodes._options import check_call, merged_inputs, wanted_names
 from hypernodes._plan import IGNORED, INHERIT
 from hypernodes._run import Job
 from hypernodes._stream import EventStream, ItemStream
+from hypernodes._traceback import user_frames
 from hypernodes.backend import Backend, LocalBackend
 from hypernodes.errors import DependencyError, PipelineRecursionError, quoted
 
@@ -89,9 +90,10 @@ class Pipeline(PipelineDefinition):
 
         Cancelling the awaiting task stops everything that the run has started.
         """
-        job = self._job(merged_inputs(inputs, kwargs), output_name)
-        outputs = await self._placed(job, self._emit(job))
-        return outputs[output_name] if isinstance(output_name, str) else outputs
+        with user_frames:
+            job = self._job(merged_inputs(inputs, kwargs), output_name)
+            outputs = await self._placed(job, self._emit(job))
+            return outputs[output_name] if isinstance(output_name, str) else outputs
 
     @overload
     def run(self, inputs: Mapping[str, Any] | None = None, *, output_name: str, **kwargs: Any) -> Any: ...
@@ -107,7 +109,8 @@ class Pipeline(PipelineDefinition):
         **kwargs: Any,
     ) -> Any:
         """:meth:`arun` from sync code: a script, a notebook cell, a sync node, any thread."""
-        return run_sync(lambda: self.arun(inputs, output_name=output_name, **kwargs))
+        with user_frames:
+            return run_sync(lambda: self.arun(inputs, output_name=output_name, **kwargs))
 
     async def amap(
         self,
@@ -135,12 +138,13 @@ class Pipeline(PipelineDefinition):
         Raises:
             MapInputError: lists of unequal length, or values that cannot be mapped.
         """
-        spec = self._map_spec(inputs, map_over, map_mode, max_concurrency, on_error, max_failures, output_name)
-        rows = listed_rows(spec, inputs, self._plan.label)
-        job = self._job(inputs, output_name, spec, ListFeed(rows), rows.count)
-        columns = Columns(self.outputs if job.wanted is None else job.wanted, rows.count)
-        await self._placed(job, self._emit(job), columns)
-        return columns.collected()
+        with user_frames:
+            spec = self._map_spec(inputs, map_over, map_mode, max_concurrency, on_error, max_failures, output_name)
+            rows = listed_rows(spec, inputs, self._plan.label)
+            job = self._job(inputs, output_name, spec, ListFeed(rows), rows.count)
+            columns = Columns(self.outputs if job.wanted is None else job.wanted, rows.count)
+            await self._placed(job, self._emit(job), columns)
+            return columns.collected()
 
     def map(
         self,
@@ -154,17 +158,18 @@ class Pipeline(PipelineDefinition):
         output_name: str | Sequence[str] | None = None,
     ) -> MapResult:
         """:meth:`amap` from sync code."""
-        return run_sync(
-            lambda: self.amap(
-                inputs,
-                map_over,
-                map_mode=map_mode,
-                max_concurrency=max_concurrency,
-                on_error=on_error,
-                max_failures=max_failures,
-                output_name=output_name,
+        with user_frames:
+            return run_sync(
+                lambda: self.amap(
+                    inputs,
+                    map_over,
+                    map_mode=map_mode,
+                    max_concurrency=max_concurrency,
+                    on_error=on_error,
+                    max_failures=max_failures,
+                    output_name=output_name,
+                )
             )
-        )
 
     def astream(
         self,

@@ -10,6 +10,7 @@ import anyio
 
 from hypernodes._mapping import ItemFailure, ItemResult
 from hypernodes._threads import current_async_library
+from hypernodes._traceback import trimmed
 from hypernodes.events import EVERY_KIND, Event
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ class Feeding(Generic[T]):
             if self._left:
                 # Such as the source's own cleanup: nobody reads on.
                 self._late = error
+            if error.__traceback__ is not None:
+                error.with_traceback(trimmed(error.__traceback__))
             self._stream.end(None if self._left else error)
         else:
             self._stream.end(None)

@@ -25,7 +25,7 @@ ROOMS = [
     ["_program"],
     ["_frontier", "_strict", "_table"],
     ["_callbacks"],
-    ["_context", "_crew", "_feed", "_stream", "_threads"],
+    ["_context", "_crew", "_feed", "_stream", "_threads", "_traceback"],
     ["_run"],
     ["_calls", "_map_run"],
     ["_engine"],

@@ -201,9 +201,7 @@ class TestSeveralAtOnce:
                 return [next(items).index for _ in range(n)]
 
         with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(first, [1, 5, 10, 20], timeout=60)) == [
-                list(range(n)) for n in (1, 5, 10, 20)
-            ]
+            assert list(pool.map(first, [1, 5, 10, 20], timeout=60)) == [list(range(n)) for n in (1, 5, 10, 20)]
 
     @pytest.mark.asyncio
     async def test_loop_goes_on_beside_a_threaded_run(self):

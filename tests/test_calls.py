@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import threading
+import traceback
 from dataclasses import dataclass
 
 import anyio
@@ -63,9 +64,7 @@ class TestInputs:
     async def test_inputs_are_passed_as_they_are(self):
         """An input is never copied: the node gets the caller's object."""
         client = object()
-        assert (
-            await Pipeline([node("y")(lambda client: client)]).arun(client=client, output_name="y") is client
-        )
+        assert await Pipeline([node("y")(lambda client: client)]).arun(client=client, output_name="y") is client
 
     async def test_input_called_inputs(self):
         """Inputs that share a name with arun's own parameters go in by dict."""
@@ -186,9 +185,7 @@ class TestSelection:
     async def test_in_a_map(self):
         """The same selection holds for every item of a map."""
         pipeline, ran = recorded()
-        assert await pipeline.amap({"text": ["a", "b"]}, "text", output_name="left") == {
-            "left": ["aal", "bbl"]
-        }
+        assert await pipeline.amap({"text": ["a", "b"]}, "text", output_name="left") == {"left": ["aal", "bbl"]}
         assert sorted(ran) == ["base", "base", "left", "left"]
 
     @pytest.mark.parametrize("output_name", ["tpo", ["left", "tpo"]])
@@ -683,3 +680,21 @@ class TestRun:
             Pipeline([complain], name="p").run(x=1)
         assert "p / complain" in caught.value.__notes__[0]
         assert caught.traceback[-1].name == "complain"
+
+
+def test_a_traceback_shows_the_users_lines_and_no_others(monkeypatch):
+    """An error leaves a sync call with the frames of the call and of the node; all of them on demand."""
+
+    def divide(x):
+        return 1 / x
+
+    failing = Pipeline([node("y")(lambda x: divide(x)), node("z")(lambda y: y)], name="p")
+
+    def frames():
+        with pytest.raises(ZeroDivisionError) as raised:
+            failing.run(x=0)
+        return [entry.name for entry in traceback.extract_tb(raised.value.__traceback__)]
+
+    assert frames() == ["frames", "run", "<lambda>", "divide"]
+    monkeypatch.setenv("HYPERNODES_FULL_TRACEBACKS", "1")
+    assert {"frames", "run", "arun", "run_steps", "divide"} <= set(frames())

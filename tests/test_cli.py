@@ -53,10 +53,7 @@ def without(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def metrics_in(printed: str) -> dict[str, float]:
-    return {
-        name: float(value)
-        for name, value in re.findall(r"^(recall@10|MRR) +([\d.]+)$", printed, re.MULTILINE)
-    }
+    return {name: float(value) for name, value in re.findall(r"^(recall@10|MRR) +([\d.]+)$", printed, re.MULTILINE)}
 
 
 # -- Usage
@@ -108,9 +105,7 @@ def test_help_imports_no_heavy_package():
         "except SystemExit: pass\n"
         "print(sorted({'numpy', 'scriptures', 'sentence_transformers'} & set(sys.modules)))"
     )
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert answer.stdout.splitlines()[-1] == "[]"
 
 
@@ -186,9 +181,7 @@ def test_a_missing_model_package_is_one_line_too():
 @needs_data
 def test_a_model_that_does_not_exist_is_one_line(tmp_path):
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    answer = hypernodes(
-        "demo", "--model", str(tmp_path / "none"), env={"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": ""}
-    )
+    answer = hypernodes("demo", "--model", str(tmp_path / "none"), env={"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": ""})
     assert answer.returncode == 1
     assert "hypernodes: cannot load the model" in answer.stderr.splitlines()[-1]
     assert "Traceback" not in answer.stderr

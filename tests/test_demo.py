@@ -142,9 +142,7 @@ def test_a_vector_is_the_same_in_every_process():
     here = hashlib.sha256(HashingEncoder().encode(text).tobytes()).hexdigest()
     for hash_seed in ("1", "2"):
         env = os.environ | {"PYTHONHASHSEED": hash_seed}
-        answer = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-        )
+        answer = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert answer.stdout.strip() == here
 
 
@@ -210,9 +208,7 @@ def test_retrieve_gives_every_passage_when_there_are_fewer_than_asked_for():
 
 def test_recall_and_mrr_by_hand():
     queries = [Query(0, "", "a"), Query(1, "", "b"), Query(2, "", "c"), Query(3, "", "d")]
-    hits = flatten(
-        [[Hit(0, 1, "a", 0.9)], [Hit(1, 1, "x", 0.9), Hit(1, 2, "b", 0.8)], [Hit(2, 1, "x", 0.5)], []]
-    )
+    hits = flatten([[Hit(0, 1, "a", 0.9)], [Hit(1, 1, "x", 0.9), Hit(1, 2, "b", 0.8)], [Hit(2, 1, "x", 0.5)], []])
     assert evaluate(queries, hits) == {"recall@10": 0.5, "MRR": (1 + 1 / 2) / 4}
 
 
@@ -285,15 +281,11 @@ def test_a_bad_passage_fails_with_the_way_to_it():
 
     with pytest.raises(TypeError) as caught:
         retrieval.replace(passages=one_is_bad, queries=no_queries).run(encoder=HashingEncoder())
-    assert any(
-        "in node 'clean' at retrieval / encode_passages[3] / clean" in n for n in caught.value.__notes__
-    )
+    assert any("in node 'clean' at retrieval / encode_passages[3] / clean" in n for n in caught.value.__notes__)
 
 
 def test_encoding_streams_too(bible):
-    with encode_text.bind(encoder=HashingEncoder()).stream(
-        {"source": bible[:20]}, map_over="source"
-    ) as items:
+    with encode_text.bind(encoder=HashingEncoder()).stream({"source": bible[:20]}, map_over="source") as items:
         vectors = [item.outputs["vector"] for item in items]
     assert np.array_equal(vectors[19], HashingEncoder().encode(letters_only(bible[19].text)))
 

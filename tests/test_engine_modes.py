@@ -111,10 +111,7 @@ async def test_every_mix_of_modes_gives_the_same_answers(node_execution, map_exe
             pipeline = report.with_backend(backend)
 
             assert await pipeline.arun(text=TEXTS[0], salt=1) == expected(TEXTS[0], 1)
-            assert (
-                await pipeline.arun(text=TEXTS[0], salt=1, output_name="codes")
-                == expected(TEXTS[0], 1)["codes"]
-            )
+            assert await pipeline.arun(text=TEXTS[0], salt=1, output_name="codes") == expected(TEXTS[0], 1)["codes"]
 
             mapped = await pipeline.amap({"text": TEXTS, "salt": 2}, map_over="text")
             rows = [expected(text, 2) for text in TEXTS]
@@ -124,9 +121,7 @@ async def test_every_mix_of_modes_gives_the_same_answers(node_execution, map_exe
             crossed = await pipeline.amap(
                 {"text": TEXTS[:2], "salt": [0, 5]}, ["text", "salt"], map_mode="product", output_name="codes"
             )
-            assert crossed == {
-                "codes": [expected(text, salt)["codes"] for text in TEXTS[:2] for salt in (0, 5)]
-            }
+            assert crossed == {"codes": [expected(text, salt)["codes"] for text in TEXTS[:2] for salt in (0, 5)]}
 
             holes = await pipeline.amap(
                 {"text": [TEXTS[0], None, TEXTS[1], "   "], "salt": 0}, map_over="text", on_error="collect"
@@ -258,9 +253,7 @@ async def test_threaded_nodes_run_in_several_threads_at_once():
 
         return node(name)(meet)
 
-    pipeline = Pipeline(
-        [branch("a"), branch("b")], backend=LocalBackend(node_execution="threaded", max_workers=2)
-    )
+    pipeline = Pipeline([branch("a"), branch("b")], backend=LocalBackend(node_execution="threaded", max_workers=2))
     idents = await pipeline.arun(x=1)
     assert len({here, idents["a"], idents["b"]}) == 3
 
@@ -421,9 +414,7 @@ async def test_parallel_items_run_in_several_processes_at_once(tmp_path):
 
     pipeline = Pipeline([work], backend=LocalBackend(map_execution="parallel", max_workers=2))
     with anyio.fail_after(PATIENCE_S):
-        result = await pipeline.amap(
-            {"me": ["a", "b"], "other": ["b", "a"], "folder": tmp_path}, ["me", "other"]
-        )
+        result = await pipeline.amap({"me": ["a", "b"], "other": ["b", "a"], "folder": tmp_path}, ["me", "other"])
     assert len({os.getpid(), *result["pid"]}) == 3
 
 
@@ -574,9 +565,7 @@ async def test_a_users_own_backend_gets_the_runs_and_maps():
     assert await pipeline.arun(text=TEXTS[0], salt=1) == expected(TEXTS[0], 1)
     assert backend.runs == 1
     maps_of_the_run = backend.maps
-    assert await pipeline.amap({"text": TEXTS[:2], "salt": 1}, "text", output_name="count") == {
-        "count": [3, 4]
-    }
+    assert await pipeline.amap({"text": TEXTS[:2], "salt": 1}, "text", output_name="count") == {"count": [3, 4]}
     assert backend.maps == maps_of_the_run + 1
     async with pipeline.astream({"text": TEXTS[:2], "salt": 1}, "text") as items:
         assert [item.outputs["count"] async for item in items] == [3, 4]
@@ -633,9 +622,7 @@ async def test_a_mapped_nested_pipeline_runs_its_items_in_its_own_backend():
     inner = Pipeline(
         [node("place")(Where())], backend=LocalBackend(map_execution="parallel", max_workers=2), name="inner"
     )
-    outer = Pipeline(
-        [node("xs", run_in="loop")(lambda n: list(range(n))), inner.as_node({"xs": "x"}, map_over="xs")]
-    )
+    outer = Pipeline([node("xs", run_in="loop")(lambda n: list(range(n))), inner.as_node({"xs": "x"}, map_over="xs")])
     places = (await outer.arun(n=8))["place"]
     assert len(places) == 8
     assert os.getpid() not in {pid for pid, _ in places}

@@ -250,9 +250,7 @@ async def failing_run(on_error="raise"):
             raise Boom(word)
         return word
 
-    inner = Pipeline([fail], name="inner").as_node(
-        {"words": "word"}, map_over="words", name="all", on_error=on_error
-    )
+    inner = Pipeline([fail], name="inner").as_node({"words": "word"}, map_over="words", name="all", on_error=on_error)
     outer = Pipeline([inner, node("n")(lambda vector: len(vector))], name="outer")
     outer = outer.with_backend(LocalBackend(node_execution="sequential", map_execution="sequential"))
     return await watched(outer, {"words": ["a", "b", "c"]})
@@ -398,9 +396,7 @@ async def test_pieces_of_an_async_generator_in_a_map_are_events(mode):
     seen = await watched(outer.with_backend(backend), {"words": ["abc", "de"]})
     for index, word in enumerate(["abc", "de"]):
         path = ("outer", "inner", index, "spell")
-        assert [event.chunk for event in seen if type(event) is NodeChunk and event.path == path] == list(
-            word
-        )
+        assert [event.chunk for event in seen if type(event) is NodeChunk and event.path == path] == list(word)
     assert seen[-1].result == {"letters": [["a", "b", "c"], ["d", "e"]]}
 
 
@@ -755,9 +751,7 @@ async def test_a_callback_that_raises_is_switched_off_and_logged(hook, caplog):
         answer = await pipeline.arun(raw="to be")
     assert answer["total"] == 4
     assert calls == [hook]
-    records = [
-        record for record in caplog.records if record.name == "hypernodes" and "Bad" in record.getMessage()
-    ]
+    records = [record for record in caplog.records if record.name == "hypernodes" and "Bad" in record.getMessage()]
     assert len(records) == 1
     assert records[0].exc_info[1].args == ("broken callback",)
     assert hook in records[0].getMessage()

@@ -300,9 +300,7 @@ async def test_nested_maps_finish_with_every_limit_at_one():
     row = Pipeline(
         [
             count,
-            squares.as_node(
-                {"numbers": "number"}, {"square": "squares"}, map_over="numbers", max_concurrency=1
-            ),
+            squares.as_node({"numbers": "number"}, {"square": "squares"}, map_over="numbers", max_concurrency=1),
             total,
         ],
         name="row",

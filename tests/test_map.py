@@ -81,9 +81,7 @@ class TestResult:
 
     async def test_none_is_a_value(self):
         """None as an item and None as an output are values, not failures."""
-        result = await Pipeline([node("y")(lambda x: x)]).amap(
-            {"x": [None, 0, None]}, "x", on_error="collect"
-        )
+        result = await Pipeline([node("y")(lambda x: x)]).amap({"x": [None, 0, None]}, "x", on_error="collect")
         assert result == {"y": [None, 0, None]}
         assert result.failures == []
 
@@ -94,9 +92,7 @@ class TestResult:
         def split(text):
             yield from text.split()
 
-        assert await Pipeline([split]).amap({"text": ["a b", "", "c"]}, "text") == {
-            "words": [["a", "b"], [], ["c"]]
-        }
+        assert await Pipeline([split]).amap({"text": ["a b", "", "c"]}, "text") == {"words": [["a", "b"], [], ["c"]]}
 
     async def test_tuple_outputs(self):
         """Each of a node's several outputs is a list of its own."""
@@ -399,9 +395,7 @@ class TestRaise:
 
     async def test_path_of_a_nested_map(self):
         """The path goes through both maps: which row, and which item of it."""
-        rows = Pipeline(
-            [invert.as_node(input_mapping={"row": "x"}, map_over="row", name="each")], name="rows"
-        )
+        rows = Pipeline([invert.as_node(input_mapping={"row": "x"}, map_over="row", name="each")], name="rows")
         with pytest.raises(ZeroDivisionError) as caught:
             await rows.amap({"row": [[1], [1, 1, 0]]}, "row")
         [note] = caught.value.__notes__

@@ -398,9 +398,7 @@ def test_an_unknown_place_is_refused():
 def test_a_sync_node_may_run_a_pipeline_of_its_own(mode):
     """``run`` inside a sync node, under a running loop, gives its answer in every mode."""
     inner = Pipeline([node("y")(lambda x: x + 1)])
-    outer = Pipeline(
-        [node("z")(lambda x: inner.run(x=x)["y"] * 10)], backend=LocalBackend(node_execution=mode)
-    )
+    outer = Pipeline([node("z")(lambda x: inner.run(x=x)["y"] * 10)], backend=LocalBackend(node_execution=mode))
     assert outer.run(x=1) == {"z": 20}
     assert outer.map({"x": [1, 2, 3]}, "x") == {"z": [20, 30, 40]}
 

@@ -140,9 +140,7 @@ def test_engine_modes_with_processes(node_execution, map_execution, graph, n):
     """In worker processes too a pipeline gives what calling its functions by hand gives."""
 
     async def main():
-        async with LocalBackend(
-            node_execution=node_execution, map_execution=map_execution, max_workers=2
-        ) as backend:
+        async with LocalBackend(node_execution=node_execution, map_execution=map_execution, max_workers=2) as backend:
             pipeline = graph.pipeline(backend=backend)
             assert await pipeline.arun(graph.inputs) == graph.by_hand(graph.inputs)
             if graph.inputs:
@@ -213,9 +211,7 @@ def test_inputs_are_what_nobody_makes(graph):
     pipeline = graph.pipeline()
     outputs = {spec.output for spec in graph.specs}
     needed = {name for spec in graph.specs for name in spec.needs} - outputs
-    required = {
-        name for name in needed for spec in graph.specs if name in spec.needs and name not in spec.defaults
-    }
+    required = {name for name in needed for spec in graph.specs if name in spec.needs and name not in spec.defaults}
     assert set(pipeline.inputs) == needed
     assert {name for name, each in pipeline.inputs.items() if each.required} == required
 
@@ -280,15 +276,11 @@ def test_product_order(values, over, k):
 
 
 @examples(60)
-@given(
-    values=st.tuples(lists, lists, lists), over=st.permutations(names), lazy=st.sets(st.sampled_from(names))
-)
+@given(values=st.tuples(lists, lists, lists), over=st.permutations(names), lazy=st.sets(st.sampled_from(names)))
 def test_zip_is_strict(values, over, lazy):
     """A zip goes through its rows as zip(strict=True) does, or refuses unequal lengths; it never cuts."""
     lengths = {len(value) for value in values}
-    inputs = {
-        name: (x for x in value) if name in lazy else value for name, value in zip(names, values, strict=True)
-    }
+    inputs = {name: (x for x in value) if name in lazy else value for name, value in zip(names, values, strict=True)}
     if len(lengths) > 1:
         with pytest.raises(MapInputError, match="length"):
             triples.map(inputs, over)
@@ -322,9 +314,7 @@ def test_collect_loses_nothing(wrong, n, max_concurrency, mode):
 
 
 @examples(30)
-@given(
-    n=st.integers(0, 30), take=st.integers(0, 30), max_concurrency=st.integers(1, 6), ordered=st.booleans()
-)
+@given(n=st.integers(0, 30), take=st.integers(0, 30), max_concurrency=st.integers(1, 6), ordered=st.booleans())
 def test_stream_gives_each_item_once(n, take, max_concurrency, ordered):
     """However many are taken, a stream gives each item once, in order if asked, and closes its source."""
     closed = []

@@ -267,9 +267,7 @@ def test_no_process_is_left_after_many_runs(loop):
 
 def test_nothing_is_left_after_many_sync_runs():
     """After many runs from sync code in several threads, loops and their files are gone."""
-    pipeline = Pipeline(
-        [clean, split, word_pipeline.as_node({"words": "word"}, map_over="words")], limits={"api": 2}
-    )
+    pipeline = Pipeline([clean, split, word_pipeline.as_node({"words": "word"}, map_over="words")], limits={"api": 2})
     before = held()
 
     def work(number):

@@ -127,9 +127,7 @@ class TestSources:
         """A source without end is streamed for as long as someone takes."""
         got = []
         with anyio.fail_after(20):
-            async with doubling.astream(
-                {"x": Source().make(kind)}, "x", ordered=ordered, max_concurrency=5
-            ) as items:
+            async with doubling.astream({"x": Source().make(kind)}, "x", ordered=ordered, max_concurrency=5) as items:
                 async for item in items:
                     got.append(item.index)
                     if len(got) == 200:
@@ -287,9 +285,7 @@ class TestBackPressure:
         """What is read ahead of the consumer is bounded by max_concurrency, however long it pauses."""
         source = Source()
         with anyio.fail_after(20):
-            async with doubling.astream(
-                {"x": source.make(kind)}, "x", ordered=ordered, max_concurrency=4
-            ) as items:
+            async with doubling.astream({"x": source.make(kind)}, "x", ordered=ordered, max_concurrency=4) as items:
                 for taken in range(1, 30):
                     await anext(items)
                     await anyio.wait_all_tasks_blocked()
@@ -307,9 +303,7 @@ class TestBackPressure:
             return x
 
         with anyio.fail_after(20):
-            async with Pipeline([visit]).astream(
-                {"x": source.async_generator()}, "x", max_concurrency=4
-            ) as items:
+            async with Pipeline([visit]).astream({"x": source.async_generator()}, "x", max_concurrency=4) as items:
                 async with anyio.create_task_group() as group:
 
                     async def take_first():
@@ -460,9 +454,7 @@ class TestLeavingEarly:
                 cleaned.append(x)
 
         async def read():
-            async with Pipeline([visit]).astream(
-                {"x": source.async_generator()}, "x", max_concurrency=4
-            ) as items:
+            async with Pipeline([visit]).astream({"x": source.async_generator()}, "x", max_concurrency=4) as items:
                 await anext(items)
 
         with anyio.fail_after(10):
@@ -615,9 +607,7 @@ class TestErrors:
     async def test_misspelt_input(self):
         """A misspelt input gets a suggestion."""
         with pytest.raises(DependencyError, match=r"(?i)'pasages'.*did you mean.*'passages'"):
-            async with Pipeline([node("n")(lambda passages: 1)]).astream(
-                {"pasages": [1]}, "passages"
-            ) as items:
+            async with Pipeline([node("n")(lambda passages: 1)]).astream({"pasages": [1]}, "passages") as items:
                 await anext(items)
 
     @pytest.mark.parametrize("error", [StopIteration, StopAsyncIteration])

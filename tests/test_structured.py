@@ -112,9 +112,7 @@ async def test_a_failure_deep_inside_says_its_whole_path():
             raise Boom(text)
         return text
 
-    encode_all = Pipeline([encode], name="one").as_node(
-        {"texts": "text"}, map_over="texts", name="encode_all"
-    )
+    encode_all = Pipeline([encode], name="one").as_node({"texts": "text"}, map_over="texts", name="encode_all")
     middle = Pipeline([encode_all], name="middle")
     with pytest.raises(Boom) as raised:
         await Pipeline([middle], name="retrieval").arun(texts=["a", "b", "c", "d"])

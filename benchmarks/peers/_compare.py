@@ -139,17 +139,11 @@ _async_fan_out = functools.partial(work.fan_out, asynchronous=True)
 
 WORKLOADS = (
     Workload("chain", "chain of 100, sync", NODE, 100, 10, work.chain, _chain_by_hand, 20),
-    Workload(
-        "async_chain", "chain of 100, async nodes", NODE, 100, 10, _async_chain, _async_chain_by_hand, 20
-    ),
+    Workload("async_chain", "chain of 100, async nodes", NODE, 100, 10, _async_chain, _async_chain_by_hand, 20),
     Workload("fan_out", "1 → 100 → 1, sync", NODE, 100, 10, work.fan_out, _fan_out_by_hand, 20),
-    Workload(
-        "async_fan_out", "1 → 100 → 1, async nodes", NODE, 100, 10, _async_fan_out, _async_fan_out_by_hand, 20
-    ),
+    Workload("async_fan_out", "1 → 100 → 1, async nodes", NODE, 100, 10, _async_fan_out, _async_fan_out_by_hand, 20),
     Workload("map_items", "map of 3 nodes, 10,000 items", ITEM, 10_000, 50, _items_to_map, _map_by_hand),
-    Workload(
-        "io_map", "I/O map, 10,000 × 10 ms at 1,000", SECONDS, 10_000, 50, _items_to_fetch, _io_map_by_hand
-    ),
+    Workload("io_map", "I/O map, 10,000 × 10 ms at 1,000", SECONDS, 10_000, 50, _items_to_fetch, _io_map_by_hand),
     Workload("build", "build 1,000 nodes", MILLISECONDS, 1_000, 20, work.chain, _build_by_hand),
     Workload("nest", "nest 100 levels", MILLISECONDS, 100, 5, work.chain, _nest_by_hand),
     Workload("cpu_map", "64 × 50 ms of CPU on 2 processes", SECONDS, 64, 4, _rounds_to_burn, _cpu_by_hand),
@@ -208,9 +202,7 @@ class _Measured:
 
 
 def _check(subject: _Measured, expected: _Measured) -> None:
-    found, right = (
-        each.once() if not each.is_async else anyio.run(each.result) for each in (subject, expected)
-    )
+    found, right = (each.once() if not each.is_async else anyio.run(each.result) for each in (subject, expected))
     if found != right:
         raise AssertionError(f"the framework's result differs from the one by hand: {found!r} != {right!r}")
 
@@ -226,9 +218,7 @@ def _row(workload: Workload, subject: _Measured, by_hand: _Measured, options: Op
     return compared(workload.title, unit.text, costs, figure=lambda seconds: seconds * scale)
 
 
-async def _awaited(
-    subject: _Measured, by_hand: _Measured, times: int, n: int
-) -> Mapping[str, Sequence[float]]:
+async def _awaited(subject: _Measured, by_hand: _Measured, times: int, n: int) -> Mapping[str, Sequence[float]]:
     return await ameasure({"it": subject.aseconds(times), "by hand": by_hand.aseconds(times)}, n)
 
 

@@ -60,18 +60,14 @@ def cpu_map(rounds: Any, resources: contextlib.ExitStack) -> Once:
     pool = resources.enter_context(ProcessPoolExecutor(2))
     burn = dask.delayed(work.burn, pure=False)
     return lambda: list(
-        dask.compute(
-            *(burn(each) for each in rounds), scheduler="processes", pool=pool, num_workers=2, chunksize=1
-        )
+        dask.compute(*(burn(each) for each in rounds), scheduler="processes", pool=pool, num_workers=2, chunksize=1)
     )
 
 
 def _client(resources: contextlib.ExitStack) -> Any:
     from distributed import Client
 
-    return resources.enter_context(
-        Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None)
-    )
+    return resources.enter_context(Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None))
 
 
 def _on_client(graph: Callable[[], Any], resources: contextlib.ExitStack) -> Once:

@@ -12,9 +12,7 @@ from typing import Any
 from hypernodes import Pipeline, node
 from hypernodes.engines import DaskEngine
 
-sys.path.append(
-    str(Path(__file__).resolve().parent.parent.parent)
-)  # last: `hypernodes` stays the installed one
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # last: `hypernodes` stays the installed one
 
 from benchmarks import _workloads as work
 from benchmarks.peers._compare import Once, Peer, main

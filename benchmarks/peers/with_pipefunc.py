@@ -43,9 +43,7 @@ def io_map(material: Any, resources: contextlib.ExitStack) -> Once:
     pool = resources.enter_context(ThreadPoolExecutor(at_once))
     pipeline = Pipeline([PipeFunc(work.fetch_blocking, "y", mapspec="x[i] -> y[i]")])
     return lambda: list(
-        pipeline.map({"x": items}, executor=pool, storage="dict", chunksizes=1, show_progress=False)[
-            "y"
-        ].output
+        pipeline.map({"x": items}, executor=pool, storage="dict", chunksizes=1, show_progress=False)["y"].output
     )
 
 
