@@ -119,6 +119,7 @@ class PipelineCallback:
 Hook = Callable[..., None]
 
 _HOOKS_OF: dict[type, tuple[str, ...]] = {
+    # Of two, the second one is for nested pipelines.
     ev.PipelineStarted: ("on_pipeline_start", "on_nested_pipeline_start"),
     ev.PipelineFinished: ("on_pipeline_end", "on_nested_pipeline_end"),
     ev.NodeStarted: ("on_node_start",),
@@ -136,33 +137,29 @@ _MOST_PLACES = 32
 _INDEX = re.compile(r"\[\d+\]")
 
 Arguments = tuple[Any, ...]
+Calls = dict[type, tuple[Callable[[Any, "CallbackContext"], Arguments], list[tuple[Hook, object]]]]
 
 
-def _pipeline_started(event: ev.PipelineStarted, ctx: CallbackContext) -> tuple[str, Arguments]:
-    if ctx.depth:
-        return "on_nested_pipeline_start", (ctx.parent_pipeline_id, ctx.current_pipeline_id, ctx)
-    return "on_pipeline_start", (ctx.current_pipeline_id, event.inputs, ctx)
-
-
-def _pipeline_finished(event: ev.PipelineFinished, ctx: CallbackContext) -> tuple[str, Arguments]:
-    if ctx.depth:
-        ids = (ctx.parent_pipeline_id, ctx.current_pipeline_id)
-        return "on_nested_pipeline_end", (*ids, event.duration, ctx)
-    return "on_pipeline_end", (ctx.current_pipeline_id, event.outputs, event.duration, ctx)
-
-
-_CALLS: dict[type, Callable[[Any, CallbackContext], tuple[str, Arguments]]] = {
-    ev.PipelineStarted: _pipeline_started,
-    ev.PipelineFinished: _pipeline_finished,
-    ev.NodeStarted: lambda event, ctx: ("on_node_start", (event.path[-1], event.inputs, ctx)),
-    ev.NodeFinished: lambda event, ctx: ("on_node_end", (event.path[-1], event.outputs, event.duration, ctx)),
-    ev.NodeFailed: lambda event, ctx: ("on_error" if event.origin else "", (event.path[-1], event.error, ctx)),
-    ev.NodeChunk: lambda event, ctx: ("on_node_chunk", (event.path[-1], event.chunk, ctx)),
-    ev.MapStarted: lambda event, ctx: ("on_map_start", (event.total_items, ctx)),
-    ev.MapFinished: lambda event, ctx: ("on_map_end", (event.duration, ctx)),
-    ev.ItemStarted: lambda event, ctx: ("on_map_item_start", (event.index, ctx)),
-    ev.ItemFinished: lambda event, ctx: ("on_map_item_end", (event.index, event.duration, ctx)),
+_ARGUMENTS: dict[str, Callable[[Any, CallbackContext], Arguments]] = {
+    "on_pipeline_start": lambda event, ctx: (ctx.current_pipeline_id, event.inputs, ctx),
+    "on_pipeline_end": lambda event, ctx: (ctx.current_pipeline_id, event.outputs, event.duration, ctx),
+    "on_nested_pipeline_start": lambda event, ctx: (ctx.parent_pipeline_id, ctx.current_pipeline_id, ctx),
+    "on_nested_pipeline_end": lambda event, ctx: (
+        ctx.parent_pipeline_id,
+        ctx.current_pipeline_id,
+        event.duration,
+        ctx,
+    ),
+    "on_node_start": lambda event, ctx: (event.path[-1], event.inputs, ctx),
+    "on_node_end": lambda event, ctx: (event.path[-1], event.outputs, event.duration, ctx),
+    "on_error": lambda event, ctx: (event.path[-1], event.error, ctx),
+    "on_node_chunk": lambda event, ctx: (event.path[-1], event.chunk, ctx),
+    "on_map_start": lambda event, ctx: (event.total_items, ctx),
+    "on_map_end": lambda event, ctx: (event.duration, ctx),
+    "on_map_item_start": lambda event, ctx: (event.index, ctx),
+    "on_map_item_end": lambda event, ctx: (event.index, event.duration, ctx),
 }
+"""What each hook is called with."""
 
 
 class CallbackDispatcher:
@@ -179,8 +176,8 @@ class CallbackDispatcher:
         self.plans = {plan.name: plan}
         """The plans of the pipelines that events have come from, by id without item indices."""
         self._broken: set[int] = set()
-        self._levels: dict[Path, _Level] = {(): _Level(plan, callbacks)}
-        self._places: dict[Path, tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]] = {}
+        self._levels: dict[Path, _Level] = {(): _Level(plan, callbacks, nested=False)}
+        self._places: dict[Path, tuple[CallbackContext, Calls]] = {}
         everyone = [*callbacks, *_callbacks_below(plan)]
         self.kinds = frozenset(
             kind for kind, names in _HOOKS_OF.items() if any(_hook(each, name) for each in everyone for name in names)
@@ -190,17 +187,19 @@ class CallbackDispatcher:
         kind = type(event)
         place = event.path[:-1] if kind in _IN_A_NODE else event.path
         known = self._places.get(place)
-        ctx, hooks = self._place(place) if known is None else known
-        if hooks and kind in _CALLS:
-            name, arguments = _CALLS[kind](event, ctx)
-            broken = self._broken
-            for hook, callback in hooks.get(name, ()):
-                if broken and id(callback) in broken:
-                    continue
-                try:
-                    hook(*arguments)
-                except Exception as error:  # noqa: BLE001 - a callback never fails the run
-                    self._switch_off(hook, callback, error)
+        ctx, calls = self._place(place) if known is None else known
+        if kind not in calls or (kind is ev.NodeFailed and not event.origin):  # type: ignore[union-attr]
+            return
+        make_arguments, hooks = calls[kind]
+        arguments = make_arguments(event, ctx)
+        broken = self._broken
+        for hook, callback in hooks:
+            if broken and id(callback) in broken:
+                continue
+            try:
+                hook(*arguments)
+            except Exception as error:  # noqa: BLE001 - a callback never fails the run
+                self._switch_off(hook, callback, error)
 
     def _switch_off(self, hook: Hook, callback: object, error: Exception) -> None:
         import logging
@@ -213,12 +212,12 @@ class CallbackDispatcher:
             exc_info=error,
         )
 
-    def _place(self, place: Path) -> tuple[CallbackContext, dict[str, list[tuple[Hook, object]]]]:
+    def _place(self, place: Path) -> tuple[CallbackContext, Calls]:
         """Return the context of a place and its hooks; both can be made again, so few are kept."""
         if len(self._places) >= _MOST_PLACES:
             self._places.clear()
         level = self._level(tuple([part for part in place[1:] if type(part) is not int]))
-        known = self._places[place] = CallbackContext(self, place), level.hooks
+        known = self._places[place] = CallbackContext(self, place), level.calls
         return known
 
     def _level(self, names: Path) -> _Level:
@@ -228,7 +227,7 @@ class CallbackDispatcher:
             around = self._level(names[:-1])
             plan = around.plan.child(names[-1:]) or around.plan
             said = plan.settings.callbacks
-            level = self._levels[names] = _Level(plan, around.callbacks if said is INHERIT else said)
+            level = self._levels[names] = _Level(plan, around.callbacks if said is INHERIT else said, nested=True)
             self.plans[ev.format_path((self._levels[()].plan.name, *names))] = plan
         return level
 
@@ -236,17 +235,20 @@ class CallbackDispatcher:
 class _Level:
     """One pipeline of a plan with the hooks that are called in it."""
 
-    __slots__ = ("callbacks", "hooks", "plan")
+    __slots__ = ("callbacks", "calls", "plan")
 
-    def __init__(self, plan: ExecutionPlan, callbacks: Sequence[PipelineCallback]) -> None:
+    def __init__(self, plan: ExecutionPlan, callbacks: Sequence[PipelineCallback], *, nested: bool) -> None:
         self.plan = plan
         self.callbacks = callbacks
-        self.hooks: dict[str, list[tuple[Hook, object]]] = {}
-        for callback in callbacks:
-            for name in HOOK_NAMES:
-                hook = _hook(callback, name)
-                if hook is not None:
-                    self.hooks.setdefault(name, []).append((hook, callback))
+        self.calls: Calls = {}
+        """By kind of event: what makes the hooks' arguments, and the hooks."""
+        for kind, names in _HOOKS_OF.items():
+            name = names[-1] if nested else names[0]
+            hooks: list[tuple[Hook, object]] = [
+                (hook, callback) for callback in callbacks if (hook := _hook(callback, name)) is not None
+            ]
+            if hooks:
+                self.calls[kind] = _ARGUMENTS[name], hooks
 
 
 def _hook(callback: object, name: str) -> Hook | None:

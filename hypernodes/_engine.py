@@ -162,7 +162,11 @@ async def _run_map(work: MapWork, template: list[Any]) -> None:
 
 def item_runner(scope: Scope) -> RunItem:
     """Return how one item of a map runs: with its events and timeout, where there are any."""
-    return run_steps if scope.emit is None and scope.timeout is None else _run_item
+    unheard = scope.emit is None or not scope.emit.kinds & _ITEM_KINDS
+    return run_steps if unheard and scope.timeout is None else _run_item
+
+
+_ITEM_KINDS = frozenset({ev.ItemStarted, ev.ItemFinished, ev.ItemFailed})
 
 
 async def _run_item(scope: Scope, program: Program, values: list[Any], index: int, window: MapRun | None) -> None:
