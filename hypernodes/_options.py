@@ -157,6 +157,8 @@ def renamed_inputs(plan: ExecutionPlan, mapping: Mapping[str, str], step: str) -
 def renamed_outputs(plan: ExecutionPlan, mapping: Mapping[str, str], step: str) -> dict[str, str]:
     """Return ``{inner: outer}`` for every output of a nested pipeline."""
     _check_mapping(mapping, "output_mapping", step)
+    if not mapping:
+        return {name: name for name in plan.outputs}
     for inner, outer in mapping.items():
         if inner not in plan.producers:
             swapped = (
