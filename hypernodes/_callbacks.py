@@ -216,8 +216,12 @@ class CallbackDispatcher:
         """Return the context of a place and its hooks; both can be made again, so few are kept."""
         if len(self._places) >= _MOST_PLACES:
             self._places.clear()
-        level = self._level(tuple([part for part in place[1:] if type(part) is not int]))
-        known = self._places[place] = CallbackContext(self, place), level.calls
+        if type(place[-1]) is int:
+            # An item of a map: its hooks are those of the map.
+            _, calls = self._places.get(place[:-1]) or self._place(place[:-1])
+        else:
+            calls = self._level(tuple([part for part in place[1:] if type(part) is not int])).calls
+        known = self._places[place] = CallbackContext(self, place), calls
         return known
 
     def _level(self, names: Path) -> _Level:
