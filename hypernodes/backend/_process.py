@@ -17,7 +17,6 @@ from typing import Any
 
 import anyio
 import anyio.abc
-from anyio.streams.buffered import BufferedByteReceiveStream
 
 from hypernodes._mapping import Path
 from hypernodes._program import BoundCall
@@ -35,16 +34,70 @@ _START = (
 )
 
 
+class _Connection:
+    """The parent's end of a worker's socket.
+
+    Not anyio's socket stream: cancelling its ``receive`` just as data comes makes asyncio report an
+    ``InvalidStateError``, and workers are cancelled while they send.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._sending = anyio.Lock()
+
+    async def send(self, parts: Parts) -> None:
+        """Write the parts of one frame.
+
+        Raises:
+            WorkerDied: the other end is gone.
+        """
+        async with self._sending:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                while view:
+                    try:
+                        view = view[self._socket.send(view) :]
+                    except BlockingIOError:
+                        await anyio.wait_writable(self._socket)
+                    except OSError as error:
+                        raise WorkerDied from error
+
+    async def receive(self, length: int) -> bytearray:
+        """Read so many bytes.
+
+        Raises:
+            WorkerDied: the other end is gone.
+        """
+        data = bytearray(length)
+        view = memoryview(data)
+        while view:
+            try:
+                count = self._socket.recv_into(view)
+            except BlockingIOError:
+                await anyio.wait_readable(self._socket)
+                continue
+            except OSError as error:
+                raise WorkerDied from error
+            if not count:
+                raise WorkerDied
+            view = view[count:]
+        return data
+
+    def close(self) -> None:
+        """Close it, also for those who wait for it."""
+        anyio.notify_closing(self._socket)
+        self._socket.close()
+
+
 class WorkerProcess:
     """One worker, from the parent's side."""
 
-    def __init__(self, process: anyio.abc.Process, stream: anyio.abc.UNIXSocketStream, board: mmap.mmap) -> None:
+    def __init__(self, process: anyio.abc.Process, connection: _Connection, board: mmap.mmap) -> None:
         self.board = board
         """One byte for each item of the chunk it runs: 0 waiting, 1 started, 2 done."""
         self._process = process
-        self._stream = stream
-        self._received = BufferedByteReceiveStream(stream)
-        self._sending = anyio.Lock()
+        self._connection = connection
         self._status: int | None = None
         self.funcs: set[int] = set()
         """The numbers of the functions that it has been sent."""
@@ -81,16 +134,8 @@ class WorkerProcess:
                     pass_fds=fds,
                     start_new_session=True,
                 )
-            try:
-                stream = await anyio.abc.UNIXSocketStream.from_socket(ours)
-            except BaseException:
-                with anyio.CancelScope(shield=True):
-                    _kill(process.pid)
-                    await process.wait()
-                    await process.aclose()
-                raise
             opened.pop_all()
-        worker = cls(process, stream, board)
+        worker = cls(process, _Connection(ours), board)
         try:
             await worker.receive()
         except WorkerDied:
@@ -119,13 +164,7 @@ class WorkerProcess:
         Raises:
             WorkerDied: the process is gone.
         """
-        pieces = frame(dumps(message))
-        try:
-            async with self._sending:
-                for piece in pieces:
-                    await self._stream.send(piece)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-            raise WorkerDied from error
+        await self._connection.send(frame(dumps(message)))
 
     async def receive(self) -> Any:
         """Read one message.
@@ -134,12 +173,10 @@ class WorkerProcess:
             WorkerDied: the process is gone.
             SerializationError: a value in it cannot be rebuilt in this process.
         """
-        try:
-            (count,) = COUNT.unpack(await self._received.receive_exactly(COUNT.size))
-            lengths = [LENGTH.unpack(await self._received.receive_exactly(LENGTH.size))[0] for _ in range(count)]
-            parts: Parts = [bytearray(await self._received.receive_exactly(length)) for length in lengths]
-        except (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError) as error:
-            raise WorkerDied from error
+        receive = self._connection.receive
+        (count,) = COUNT.unpack(await receive(COUNT.size))
+        lengths = [LENGTH.unpack(await receive(LENGTH.size))[0] for _ in range(count)]
+        parts: Parts = [await receive(length) for length in lengths]
         try:
             return loads(parts)
         except Exception as error:  # unpickling runs the user's code
@@ -154,7 +191,7 @@ class WorkerProcess:
                 _kill(self._process.pid)
                 self._status = await self._process.wait()
                 await self._process.aclose()
-                await self._stream.aclose()
+                self._connection.close()
                 self.board.close()
         assert self._status is not None
         return self._status
