@@ -22,6 +22,11 @@ Kind = Literal["sync", "async", "generator", "async_generator"]
 _RUN_IN = typing.get_args(RunIn)
 
 REQUIRED: Any = inspect.Parameter.empty
+_KIND_BY_FLAGS: dict[int, Kind] = {
+    inspect.CO_ASYNC_GENERATOR: "async_generator",
+    inspect.CO_GENERATOR: "generator",
+    inspect.CO_COROUTINE: "async",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +70,23 @@ class Node(Generic[P, R]):
             raise DefinitionError(f"@node decorates a function; {func!r} is not callable")
         name = function_name(func)
         signature = _signature(func, name)
-        set_ = functools.partial(object.__setattr__, self)
-        set_("func", func)
-        set_("__doc__", func.__doc__)
-        set_("name", name)
-        set_("output_name", output_name)
-        set_("outputs", _output_names(output_name, name))
-        set_("_signature", signature)
-        set_("kind", _kind(func))
-        set_("run_in", _checked_run_in(run_in, self.kind, name))
-        set_("max_concurrency", checked_count(max_concurrency, "max_concurrency", name))
-        set_("limit", _checked_limit(limit, name))
-        set_("timeout", checked_seconds(timeout, name))
-        set_("retry", RetryPolicy.of(retry, name))
-        clash = set(self.outputs) & set(signature.parameters)
+        kind = _kind(func)
+        outputs = _output_names(output_name, name)
+        self.__dict__.update(
+            func=func,
+            __doc__=func.__doc__,
+            name=name,
+            output_name=output_name,
+            outputs=outputs,
+            _signature=signature,
+            kind=kind,
+            run_in=_checked_run_in(run_in, kind, name),
+            max_concurrency=checked_count(max_concurrency, "max_concurrency", name),
+            limit=_checked_limit(limit, name),
+            timeout=checked_seconds(timeout, name),
+            retry=RetryPolicy.of(retry, name),
+        )
+        clash = signature.parameters.keys() & outputs
         if clash:
             raise DefinitionError(
                 f"node {name!r} both needs and makes {quoted(sorted(clash))}: give its output another name"
@@ -280,6 +288,10 @@ def _output_names(output_name: Any, name: str | None) -> tuple[str, ...]:
 
 
 def _kind(func: Callable[..., Any]) -> Kind:
+    if type(func) is types.FunctionType and not func.__dict__:
+        # What `inspect` finds out, for the most common case at a tenth of the time.
+        flags = func.__code__.co_flags & (inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR | inspect.CO_COROUTINE)
+        return _KIND_BY_FLAGS.get(flags, "sync")
     while isinstance(func, functools.partial):
         func = func.func
     target = func if inspect.isroutine(func) or isinstance(func, type) else getattr(func, "__call__", func)  # noqa: B004 - the bound method is what is inspected
