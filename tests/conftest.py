@@ -1,6 +1,7 @@
 """Fixtures that every test may use: the async backends, and a check that nothing was left behind."""
 
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -12,6 +13,10 @@ from types import FrameType
 import anyio
 import psutil
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As for what a shell starts in the background. Child processes inherit it, and tests press Ctrl-C on them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ["typing"]  # for the type checker: it is not run
 
