@@ -130,7 +130,13 @@ def _call(portal: BlockingPortal, call: Callable[[], Awaitable[R]]) -> R:
 
     signal.signal(signal.SIGINT, interrupt)
     try:
-        outcome = portal.call(_outcome, lambda: interrupted, call)
+        from concurrent.futures import wait
+
+        future = portal.start_task_soon(_outcome, lambda: interrupted, call)
+        # A signal may be delivered to another thread: then this one has to wake to handle it.
+        while not future.done():
+            wait([future], timeout=POLL_S)
+        outcome = future.result()
     finally:
         signal.signal(signal.SIGINT, handler)
     if interrupted:
