@@ -731,8 +731,9 @@ async def test_workers_die_with_their_parent(tmp_path, signum, run_in, mode):
             os.kill(pid, signal.SIGKILL)
 
 
-async def test_prints_in_workers_reach_the_users_terminal(tmp_path):
-    """What functions print in workers comes out of the program, in full and on the right stream."""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+async def test_prints_in_workers_reach_the_users_terminal(tmp_path, unbuffered):
+    """What functions print in workers comes out of the program, in full lines and on the right stream."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(
@@ -745,18 +746,23 @@ async def test_prints_in_workers_reach_the_users_terminal(tmp_path):
             def speak(x):
                 print("item", x)
                 print("warning", x, file=sys.stderr)
+                if x == "alone":
+                    print("no end of line", end="")
                 return x
 
             backend = LocalBackend(map_execution="parallel", max_workers=2)
-            Pipeline([speak], backend=backend).map({"x": range(4)}, "x")
+            Pipeline([speak], backend=backend).map({"x": range(200)}, "x")
             Pipeline([node("y", run_in="process")(speak.func)]).run(x="alone")
             """
         )
     )
     with anyio.fail_after(PATIENCE_S):
-        done = await anyio.run_process([sys.executable, str(script)])
-    assert sorted(done.stdout.decode().splitlines()) == ["item 0", "item 1", "item 2", "item 3", "item alone"]
-    assert sorted(done.stderr.decode().splitlines()) == [*(f"warning {x}" for x in range(4)), "warning alone"]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = await anyio.run_process([sys.executable, str(script)], env=environment)
+    said = done.stdout.decode().splitlines()
+    assert said[-1] == "no end of line"
+    assert sorted(said[:-1]) == sorted([*(f"item {x}" for x in range(200)), "item alone"])
+    assert sorted(done.stderr.decode().splitlines()) == sorted([*(f"warning {x}" for x in range(200)), "warning alone"])
 
 
 # --- warm workers -----------------------------------------------------------------------------------------

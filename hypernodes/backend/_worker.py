@@ -19,8 +19,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
+from io import TextIOWrapper
 from typing import Any
 
 import anyio
@@ -387,6 +389,7 @@ class Worker:
             reply = sendable(("returned", made), made, f"the output of node {name!r}")
         except BaseException as error:  # noqa: BLE001 - it is raised in the parent
             reply = dumps(("raised", dump_error(error, None)))
+        flush_prints()
         self._channel.send_parts(reply)
 
     async def _in_main_thread(self, call: Callable[[], Any]) -> Any:
@@ -435,7 +438,20 @@ class Worker:
             spent = self._map.spent
         except BaseException as raised:  # noqa: BLE001 - it is raised in the parent
             seconds, error, spent = 0.0, dump_error(raised, None), False
+        flush_prints()
         self._channel.send("done", seconds, error, spent)
+
+
+def printed() -> list[TextIOWrapper]:
+    """Return the streams that functions print to, where there are any."""
+    return [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, TextIOWrapper)]
+
+
+def flush_prints() -> None:
+    """Write what was printed without an end of line; the process may be killed any time after."""
+    for stream in printed():
+        with suppress(OSError, ValueError):  # a closed terminal fails nobody's call
+            stream.flush()
 
 
 def main(socket_fd: int, board_fd: int) -> None:
@@ -445,9 +461,10 @@ def main(socket_fd: int, board_fd: int) -> None:
     connection.setblocking(True)
     board = mmap.mmap(board_fd, BOARD_SIZE)
     os.close(board_fd)
-    # What a module prints at import or a function while it runs goes to the user's own streams, at once.
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # What a module prints at import or a function while it runs goes to the user's own streams line by line: written
+    # piece by piece, as PYTHONUNBUFFERED has it, the lines of several workers would run into each other.
+    for stream in printed():
+        stream.reconfigure(line_buffering=True, write_through=False)
     worker = Worker(Channel(connection), board)
 
     def serve() -> None:
