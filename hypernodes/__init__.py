@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hypernodes._retry import RetryPolicy
     from hypernodes.errors import (
         AwaitedCancelledError,
+        CacheError,
         CycleError,
         DefinitionError,
         DependencyError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         SerializationError,
         TooManyFailuresError,
         TypeMismatchError,
+        UncacheableError,
         WorkerCrashedError,
     )
 
@@ -38,6 +40,7 @@ __version__ = "0.5.0"
 __all__ = [
     "INHERIT",
     "AwaitedCancelledError",
+    "CacheError",
     "CallbackContext",
     "CycleError",
     "DefinitionError",
@@ -62,6 +65,7 @@ __all__ = [
     "SerializationError",
     "TooManyFailuresError",
     "TypeMismatchError",
+    "UncacheableError",
     "WorkerCrashedError",
     "backend",
     "errors",

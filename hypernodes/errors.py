@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AwaitedCancelledError",
+    "CacheError",
     "CycleError",
     "DefinitionError",
     "DependencyError",
@@ -28,6 +29,7 @@ __all__ = [
     "SerializationError",
     "TooManyFailuresError",
     "TypeMismatchError",
+    "UncacheableError",
     "WorkerCrashedError",
 ]
 
@@ -86,6 +88,17 @@ class RemoteExecutionError(ExecutionError):
 
 class SerializationError(ExecutionError):
     """A value cannot be sent to another process; the message gives its path inside the inputs and why."""
+
+
+class CacheError(HyperNodesError):
+    """A cache cannot be used as asked: a refused directory, a missing key, a store that needs another event loop.
+
+    A store that fails while a pipeline runs costs a warning and never raises this.
+    """
+
+
+class UncacheableError(CacheError, TypeError):
+    """A value has no identity that holds in another process; the message gives its path and what to do."""
 
 
 class OutputMismatchError(ExecutionError, ValueError):
