@@ -75,7 +75,7 @@ class Flights:
                 flight.land("failed", error=error)
                 raise
             finally:
-                try:
+                try:  # noqa: SIM105 - `suppress` would take longer than all the rest
                     _leading.reset(token)
                 except ValueError:
                     pass  # a coroutine that is thrown away may be closed in another context
@@ -200,7 +200,7 @@ def _twin(error: Exception) -> Exception:
         twin = copy.copy(error)
         if type(twin) is not type(error) or twin.args != error.args:
             raise TypeError("not a copy")
-    except Exception:  # noqa: BLE001 - likewise
+    except Exception:
         twin = type(error).__new__(type(error), *error.args)
         twin.__dict__.update(error.__dict__)
         if str(twin) != str(error):
@@ -283,6 +283,9 @@ def _forget_flights() -> None:
     for flights in list(_everywhere):
         flights._flying.clear()
 
+
+FLIGHTS = Flights()
+"""Of this process; keys name the store as well."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_flights)
