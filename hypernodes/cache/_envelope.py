@@ -38,8 +38,6 @@ class Sealed(NamedTuple):
     codec: int
     meta: bytes
     payload: memoryview
-    stored_at: int
-    """Unix seconds."""
 
 
 class Header(NamedTuple):
@@ -90,7 +88,7 @@ def unseal(key: str, data: Buffer, secret: bytes | None) -> Sealed:
     """
     view = memoryview(data)
     try:
-        magic, checksum, version, codec, flags, meta_size, payload_size, owner, stored_at = _HEADER.unpack_from(view)
+        magic, checksum, version, codec, flags, meta_size, payload_size, owner, _ = _HEADER.unpack_from(view)
     except struct.error:
         raise Refused(f"torn: {view.nbytes} bytes", damaged=True) from None
     if magic != MAGIC:
@@ -116,7 +114,7 @@ def unseal(key: str, data: Buffer, secret: bytes | None) -> Sealed:
             )
         if secret is not None:
             raise Refused("not signed, in a cache that has a key")
-    return Sealed(codec, bytes(view[HEADER_SIZE:begin]), view[begin:end], stored_at)
+    return Sealed(codec, bytes(view[HEADER_SIZE:begin]), view[begin:end])
 
 
 def read_header(data: Buffer) -> Header:

@@ -1,0 +1,356 @@
+"""All packs of a cache: which of them has an entry, those that other processes add, and merging small ones."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from hypernodes.cache._packs import (
+    SUFFIX,
+    DamagedPackError,
+    Pack,
+    encode,
+    fingerprint,
+    load,
+    read_keys,
+    read_range,
+)
+from hypernodes.cache._root import PACKS, Root, is_stale, remove, touch, unique_name
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+LOOK_AGAIN_S = 0.5
+"""What other processes add or delete is noticed after this time at the latest."""
+
+MERGE_AT = 16
+"""This many packs of about the same size become one."""
+
+LARGEST_MERGED = 1 << 23
+"""Bytes; a pack of this size is merged no more, so an entry is copied a few times at most."""
+
+_SLOT = 32
+_NUMBER_IN_PACK = (1 << _SLOT) - 1
+_ATTEMPTS = 5
+_JOINED_AT_ONCE = 1 << 22
+
+
+class PackIndex:
+    """Where the entries of all packs are: one dict from fingerprints to a pack's number and a place in it.
+
+    Lookups take no lock: they read a dict whose every value is right, or was right a moment ago; a pack that is gone
+    when it is opened is looked up again. Changes are made under one.
+    """
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self.folder = root.inside(PACKS)
+        self._where: dict[int, int] = {}
+        self._packs: dict[int, Pack] = {}
+        self._numbers: dict[str, int] = {}
+        self._next = 0
+        self._looked = float("-inf")
+        self._lock = threading.Lock()
+        self._merging = threading.Lock()
+        self.damaged: dict[str, str] = {}
+        """Packs that cannot be read, and why."""
+
+    # Looking up
+
+    def refresh(self, *, now: bool = False) -> None:
+        """Take note of packs that other processes have added or deleted, unless that was done just now."""
+        if not now and time.monotonic() - self._looked < LOOK_AGAIN_S:
+            return
+        with self._lock:
+            try:
+                names = {name for name in os.listdir(self.folder) if name.endswith(SUFFIX)}
+            except FileNotFoundError:
+                names = set()
+            self._looked = time.monotonic()
+            # First what is new: a merged pack takes over before those that it is made of are forgotten.
+            for name in sorted(names - self._numbers.keys() - self.damaged.keys()):
+                try:
+                    self._adopt(load(self.folder, name))
+                except FileNotFoundError:
+                    continue
+                except DamagedPackError as error:
+                    self.damaged[name] = str(error)
+            for name in self._numbers.keys() - names:
+                self._forget(name)
+            self.damaged = {name: reason for name, reason in self.damaged.items() if name in names}
+
+    def find(self, keys: Iterable[str]) -> tuple[set[str], list[str]]:
+        """Return the keys that packs hold, and the others."""
+        self.refresh()
+        found, absent = set(), []
+        for key in keys:
+            slot = self._where.get(fingerprint(key))
+            pack = None if slot is None else self._packs.get(slot >> _SLOT)
+            if slot is not None and pack is not None and pack.lengths[slot & _NUMBER_IN_PACK]:
+                found.add(key)
+            else:
+                absent.append(key)
+        return found, absent
+
+    def read(self, keys: Iterable[str], into: dict[str, bytes]) -> list[str]:
+        """Read what packs hold; return the keys that they don't."""
+        absent: list[str] = []
+        for attempt in range(_ATTEMPTS):
+            self.refresh(now=attempt > 0)
+            keys = self._read(keys, into, absent)
+            if not keys:
+                break
+        return absent + list(keys)
+
+    def _read(self, keys: Iterable[str], into: dict[str, bytes], absent: list[str]) -> list[str]:
+        """Read from the packs that there seem to be; return the keys of those that are gone."""
+        wanted: defaultdict[int, list[tuple[str, int]]] = defaultdict(list)
+        where = self._where
+        for key in keys:
+            slot = where.get(fingerprint(key))
+            if slot is None:
+                absent.append(key)
+            else:
+                wanted[slot >> _SLOT].append((key, slot & _NUMBER_IN_PACK))
+        gone = []
+        for number, places in wanted.items():
+            pack = self._packs.get(number)
+            try:
+                if pack is None:
+                    raise FileNotFoundError
+                self._read_pack(pack, places, into, absent)
+            except FileNotFoundError:
+                gone += [key for key, _ in places]
+        return gone
+
+    def _read_pack(self, pack: Pack, places: list[tuple[str, int]], into: dict[str, bytes], absent: list[str]) -> None:
+        # Opened anew for every batch: 5 µs, and no descriptor to bound, to close, to share with a forked child.
+        path = os.path.join(self.folder, pack.name)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        pread, starts, lengths = os.pread, pack.starts, pack.lengths
+        try:
+            for key, number in places:
+                length = lengths[number]
+                data = pread(file, length, starts[number]) if length else b""
+                if data and len(data) == length:
+                    into[key] = data
+                else:
+                    absent.append(key)
+        finally:
+            os.close(file)
+        now = time.time()
+        if is_stale(pack.used_at, now):
+            pack.used_at = now
+            touch(path)
+
+    # Adding
+
+    def add(self, entries: Mapping[str, Sequence[Buffer]], lengths: array[int]) -> None:
+        """Write entries into a new pack; no buffers make a tombstone."""
+        keys = list(entries)
+        stamp = self._later_than(keys)
+        pack, front = encode(unique_name() + SUFFIX, keys, array("Q", [stamp]) * len(keys), lengths)
+        self._place(pack, self._root.write(_batched(front, entries, lengths)))
+
+    def _later_than(self, keys: Iterable[str]) -> int:
+        """A time for new entries that is behind those of the ones they replace, also where clocks disagree."""
+        stamp = time.time_ns()
+        for each in self._where.keys() & map(fingerprint, keys):
+            slot = self._where.get(each, -1)
+            pack = self._packs.get(slot >> _SLOT)
+            if pack is not None:
+                stamp = max(stamp, pack.times[slot & _NUMBER_IN_PACK] + 1)
+        return stamp
+
+    def _place(self, pack: Pack, temporary: str) -> None:
+        self._root.put_in_place(temporary, PACKS, pack.name)
+        pack.used_at = pack.used_at or time.time()
+        with self._lock:
+            self._adopt(pack)
+
+    def _adopt(self, pack: Pack) -> None:
+        if pack.name in self._numbers:
+            return
+        number = self._next
+        self._next += 1
+        self._packs[number] = pack
+        self._numbers[pack.name] = number
+        first = number << _SLOT
+        known = self._where.keys() & pack.fingerprints
+        if not known:
+            self._where.update(zip(pack.fingerprints, range(first, first + len(pack.fingerprints)), strict=True))
+            return
+        for place, each in enumerate(pack.fingerprints):
+            slot = self._where.get(each)
+            if slot is not None:
+                other = self._packs[slot >> _SLOT]
+                if other.times[slot & _NUMBER_IN_PACK] > pack.times[place]:
+                    pack.shadowed.add(each)
+                    continue
+                other.shadowed.add(each)
+            self._where[each] = first + place
+
+    def _forget(self, name: str) -> None:
+        number = self._numbers.pop(name)
+        for each in self._packs[number].fingerprints:
+            if self._where.get(each, -1) >> _SLOT == number:
+                del self._where[each]
+        del self._packs[number]
+
+    # Merging
+
+    def merge_small(self, most_bytes: int) -> None:
+        """Make one pack of many small ones if there are many; of at most ``most_bytes``."""
+        if not self._merging.acquire(blocking=False):
+            return
+        try:
+            chosen = self._small_packs(most_bytes)
+            if chosen:
+                self.rewrite(chosen)
+        except (FileNotFoundError, DamagedPackError):
+            self.refresh(now=True)  # another process was quicker, or a pack has been cut short
+        finally:
+            self._merging.release()
+
+    def _small_packs(self, most_bytes: int) -> list[Pack]:
+        by_size: defaultdict[int, list[Pack]] = defaultdict(list)
+        for pack in sorted(self.packs, key=lambda pack: pack.name):
+            if pack.size < LARGEST_MERGED:
+                by_size[pack.size.bit_length() // 4].append(pack)
+        for _, alike in sorted(by_size.items()):
+            if len(alike) >= MERGE_AT and sum(pack.size for pack in alike[:MERGE_AT]) <= most_bytes:
+                return alike[:MERGE_AT]
+        return []
+
+    def rewrite(self, packs: Sequence[Pack], buried: frozenset[int] = frozenset()) -> None:
+        """Put what counts in some packs into one new pack and delete them; ``buried`` fingerprints become tombstones.
+
+        Safe at any moment: until the new pack is in place nothing has changed, and from then on the old ones are
+        repetitions. ``FileNotFoundError`` if one of them is gone already: what is in it must not come back.
+        """
+        merged = _Merge(self, packs, buried)
+        if merged.keys:
+            pack, front = encode(unique_name() + SUFFIX, merged.keys, merged.times, merged.lengths)
+            pack.used_at = max(pack.used_at for pack in packs)
+            temporary = self._root.write(chain([front], merged.data()))
+            try:
+                os.utime(temporary, (pack.used_at, pack.used_at))
+                for old in packs:
+                    os.stat(self.path(old))
+            except BaseException:
+                remove(temporary)
+                raise
+            self._place(pack, temporary)
+        self.delete(packs)
+
+    def delete_damaged(self, name: str) -> bool:
+        """Delete a pack that cannot be read; say whether it was there."""
+        self.damaged.pop(name, None)
+        return remove(os.path.join(self.folder, name))
+
+    def delete(self, packs: Iterable[Pack]) -> None:
+        """Delete packs, and forget them."""
+        for pack in packs:
+            remove(self.path(pack))
+            with self._lock:
+                if pack.name in self._numbers:
+                    self._forget(pack.name)
+
+    # Inspection
+
+    @property
+    def packs(self) -> list[Pack]:
+        """The packs that can be read, in the order they were found."""
+        return list(self._packs.values())
+
+    def path(self, pack: Pack) -> str:
+        """Return where a pack's file is."""
+        return os.path.join(self.folder, pack.name)
+
+    def living(self, pack: Pack) -> Iterator[int]:
+        """Yield the places of the entries of a pack that no later one replaces, tombstones included."""
+        number = self._numbers.get(pack.name)
+        if number is None:
+            return
+        where, first = self._where, number << _SLOT
+        for place, each in enumerate(pack.fingerprints):
+            if where.get(each) == first + place:
+                yield place
+
+    def shadowed_outside(self, packs: Iterable[Pack]) -> set[int]:
+        """Return the fingerprints of which any other pack holds an earlier entry."""
+        names = {pack.name for pack in packs}
+        return set().union(*(pack.shadowed for pack in self.packs if pack.name not in names))
+
+    def keys(self, pack: Pack) -> list[str]:
+        """Read a pack's keys."""
+        return read_keys(self.folder, pack)
+
+    def data(self, pack: Pack, place: int, behind: int | None = None) -> bytes:
+        """Read one entry of a pack, or those up to another."""
+        return read_range(self.folder, pack, place, place + 1 if behind is None else behind)
+
+
+class _Merge:
+    """What goes into a pack that is made of others."""
+
+    def __init__(self, index: PackIndex, packs: Sequence[Pack], buried: frozenset[int]) -> None:
+        self._index = index
+        self._sources: list[tuple[Pack, list[int]]] = []
+        self.keys: list[str] = []
+        self.times = array("Q")
+        self.lengths = array("I")
+        earlier = index.shadowed_outside(packs)
+        for pack in packs:
+            keys = index.keys(pack)
+            kept = []
+            for place in index.living(pack):
+                each = pack.fingerprints[place]
+                length = 0 if each in buried else pack.lengths[place]
+                if not length and each not in earlier:
+                    continue  # a tombstone with nothing under it
+                self.keys.append(keys[place])
+                self.times.append(pack.times[place] + (each in buried))
+                self.lengths.append(length)
+                if length:
+                    kept.append(place)
+            self._sources.append((pack, kept))
+
+    def data(self) -> Iterator[bytes]:
+        """Yield the entries, those that stand together joined."""
+        for pack, places in self._sources:
+            for first, behind in _runs(places, pack.starts):
+                yield self._index.data(pack, first, behind)
+
+
+def _runs(places: Sequence[int], starts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first place and the one behind the last of those that follow each other, a few MB at a time."""
+    first = behind = -1
+    for place in places:
+        if place != behind or starts[place] - starts[first] > _JOINED_AT_ONCE:
+            if first >= 0:
+                yield first, behind
+            first = place
+        behind = place + 1
+    if first >= 0:
+        yield first, behind
+
+
+def _batched(front: bytes, entries: Mapping[str, Sequence[Buffer]], lengths: Iterable[int]) -> Iterator[bytes]:
+    """Join small buffers into pieces of a few MB, each one call of the system to write."""
+    parts: list[Buffer] = [front]
+    size = 0
+    for entry, length in zip(entries.values(), lengths, strict=True):
+        parts.extend(entry)
+        size += length
+        if size > _JOINED_AT_ONCE:
+            yield b"".join(parts)
+            parts.clear()
+            size = 0
+    yield b"".join(parts)
