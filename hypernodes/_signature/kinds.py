@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import Enum
 from itertools import islice
 from types import MemberDescriptorType
@@ -69,12 +70,7 @@ class Kind:
         self._has_dict = cls.__dictoffset__ != 0
         self._slots = _slots(cls)
         self._declared = _declared(cls)
-        self._derived = frozenset(
-            name
-            for each in cls.__mro__
-            for name, what in vars(each).items()
-            if type(what).__name__ == "cached_property"
-        )
+        self._derived = _derived(cls)
         self._header: tuple[list[str], bytes] = ([], self._identity + head(b"o", 0))
 
     def __call__(self, value: Any) -> Encoded:
@@ -103,16 +99,16 @@ class Kind:
 
     def _read(self, value: Any) -> tuple[dict[str, Any], list[str]]:
         """Return the attributes that count, and the names of private ones."""
-        found = []
-        if self._has_dict:
-            found += [item for item in list(value.__dict__.items()) if item[0] not in self._derived]
+        found = dict(value.__dict__) if self._has_dict else {}
         for name in self._slots:
-            try:
-                found.append((name, object.__getattribute__(value, name)))
-            except AttributeError:
-                continue  # not set
-        state = {name: each for name, each in found if name[:1] != "_" or name in self._declared}
-        return state, [name for name, _ in found if name not in state] if len(state) < len(found) else []
+            with suppress(AttributeError):  # not set
+                found[name] = object.__getattribute__(value, name)
+        for name in self._derived:
+            found.pop(name, None)
+        private = [name for name in found if name[:1] == "_" and name not in self._declared]
+        for name in private:
+            del found[name]
+        return found, private
 
 
 _kinds: WeakKeyDictionary[type, Kind] = WeakKeyDictionary()
@@ -138,9 +134,14 @@ def _known(cls: type) -> tuple[type | None, Handler | None]:
         if known is not None:
             return base, known
         if base in EXACT:
-            exact, handler = EXACT[base], TABLE.get(base) or SCALARS[base]
-            return base, lambda value: handler(exact(value))
+            return base, _exactly(base)
     return None, None
+
+
+def _exactly(base: type) -> Handler:
+    """Return what writes an instance of a subclass as if it were exactly of its base."""
+    exact, handler = EXACT[base], TABLE.get(base) or SCALARS[base]
+    return lambda value: handler(exact(value))
 
 
 def _enum(value: Any) -> Encoded:
@@ -196,6 +197,12 @@ def _declared(cls: type) -> frozenset[str]:
     dataclass = getattr(cls, "__dataclass_fields__", {}).values()
     attrs: Iterable[Any] = getattr(cls, "__attrs_attrs__", ())
     return frozenset([field.name for field in dataclass if field.compare] + [field.name for field in attrs if field.eq])
+
+
+def _derived(cls: type) -> frozenset[str]:
+    """Return the names under which cached properties keep what they found: whether they were asked does not count."""
+    attributes = [item for base in cls.__mro__ for item in vars(base).items()]
+    return frozenset(name for name, each in attributes if type(each).__name__ == "cached_property")
 
 
 def _package(cls: type) -> str:

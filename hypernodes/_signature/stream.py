@@ -138,7 +138,7 @@ def whole(value: int) -> bytes:
         return block(head(b"I", len(data)), data)
 
 
-def raw(value: bytes) -> bytes:
+def raw(value: bytes | bytearray) -> bytes:
     """Write bytes."""
     return block(head(b"b", len(value)), value)
 
