@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypernodes._threads import default_threads, in_thread
 from hypernodes.cache._files import EntryFiles
@@ -23,6 +23,8 @@ from hypernodes.errors import CacheError
 if TYPE_CHECKING:
     from hypernodes.cache._reports import CacheStats, EntryInfo, PruneReport, VerifyReport
     from hypernodes.cache._store import Entry
+
+_T = TypeVar("_T")
 
 KEY_VARIABLE = "HYPERNODES_CACHE_KEY"
 PRUNED_EVERY_S = 86400.0
@@ -260,8 +262,8 @@ def _restored(
     return cache
 
 
-async def _in_thread(call: Callable[[], Any]) -> Any:
-    result, _ = await in_thread(call, default_threads())
+async def _in_thread(call: Callable[[], _T]) -> _T:
+    result: _T = (await in_thread(call, default_threads()))[0]
     return result
 
 

@@ -145,5 +145,5 @@ def _signature(secret: bytes, name: bytes, parts: Sequence[Buffer]) -> bytes:
         return hmac.digest(secret, b"".join([name, b"\0", *parts]), "sha256")
     mac = hmac.new(secret, name + b"\0", "sha256")
     for part in parts:
-        mac.update(part)  # type: ignore[arg-type] # any contiguous buffer will do
+        mac.update(part)
     return mac.digest()
