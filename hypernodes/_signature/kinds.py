@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from enum import Enum
 from itertools import islice
 from types import MemberDescriptorType
@@ -101,8 +100,10 @@ class Kind:
         """Return the attributes that count, and the names of private ones."""
         found = dict(value.__dict__) if self._has_dict else {}
         for name in self._slots:
-            with suppress(AttributeError):  # not set
+            try:
                 found[name] = object.__getattribute__(value, name)
+            except AttributeError:
+                continue  # not set
         for name in self._derived:
             found.pop(name, None)
         private = [name for name in found if name[:1] == "_" and name not in self._declared]

@@ -59,13 +59,12 @@ def _ndarray(value: Any) -> Encoded:
     dtype = array.dtype
     header = b"A" + _dtype(dtype) + head(b"n", array.ndim) + b"".join(map(whole, array.shape))
     if dtype.names is not None:  # field by field: what lies between them may be anything
-        return Composite(header, [numpy.asarray(array)[name] for name in dtype.names], dtype.names, "[{!r}]")
+        return Composite(header, [array[name] for name in dtype.names], dtype.names, "[{!r}]")
     if dtype.hasobject:
         return Composite(header, (array.ravel().tolist(),), ("",), "{}")
     flat = numpy.ascontiguousarray(array).reshape(-1)
     if dtype.char in "gG" and numpy.finfo(dtype).nmant == 63:  # 10 bytes of 16 count
         flat = flat.copy()
-        flat.view(numpy.uint8).reshape(-1, dtype.itemsize // (2 if dtype.char == "G" else 1))
         flat.view(numpy.uint8).reshape(-1, 16)[:, 10:] = 0
     return block(header, flat.view(numpy.uint8) if flat.nbytes else b"")
 
@@ -140,9 +139,7 @@ def _sparse(value: Any) -> Composite:
 
 def _image(value: Any) -> Composite:
     palette = value.getpalette() if value.mode in ("P", "PA") else None
-    return Composite(
-        b"a", (value.mode, value.size, value.tobytes(), palette, value.info), ("", "", "", "", ".info"), "{}"
-    )
+    return Composite(b"a", (value.info, value.mode, value.size, palette, value.tobytes()), ("info",), ".{}")
 
 
 KNOWN: dict[tuple[str, str], Callable[[Any], Encoded]] = {
@@ -188,9 +185,7 @@ KNOWN: dict[tuple[str, str], Callable[[Any], Encoded]] = {
     ("scipy", "_spbase"): _sparse,
     ("scipy", "spmatrix"): _sparse,
     ("PIL", "Image"): _image,
-    ("pydantic", "BaseModel"): lambda value: Composite(
-        b"a", (getattr(value, "__pydantic_extra__", None),), ("",), "{}"
-    ),
+    ("pydantic", "BaseModel"): lambda value: Composite(b"a", (getattr(value, "__pydantic_extra__", None),), ()),
     ("pydantic", "SecretBytes"): lambda value: raw(value.get_secret_value()),
     ("pydantic", "SecretStr"): lambda value: text(value.get_secret_value()),
     ("pydantic", "_BaseUrl"): _as_text,
