@@ -1,0 +1,103 @@
+"""Whose code it is: the project's own, which is read, or somebody else's, which counts by its version."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TypeAlias
+
+Parts: TypeAlias = Mapping[str, bytes]
+
+_NOTHING: Parts = MappingProxyType({})
+_STANDARD_LIBRARY = tuple(
+    os.path.join(os.path.realpath(path), "")
+    for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+)
+_INSTALLED = ("site-packages", "dist-packages")
+_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def foreign_parts(module: str) -> Parts | None:
+    """Return what stands for the code of a module; None when it is project code, which is followed.
+
+    Third-party code counts by its distribution's version, the standard library by Python's minor version, a compiled
+    extension module of the project by its file, and what is built into Python not at all. Code installed in editable
+    mode is project code.
+    """
+    top = module.partition(".")[0]
+    if top == "hypernodes" and module.partition(".")[2].partition(".")[0] != "demo":
+        return _named(f"package 'hypernodes' {sys.modules['hypernodes'].__version__}")
+    if module in ("builtins", ""):
+        return _NOTHING
+    loaded = sys.modules.get(module)
+    if loaded is not None:
+        return _parts_of(top, getattr(loaded, "__file__", None) or _folder(loaded))
+    try:
+        spec = importlib.util.find_spec(top) if top not in sys.modules else sys.modules[top].__spec__
+    except (ImportError, ValueError):
+        return None
+    if spec is None:  # made by hand, or not there
+        return None
+    return _parts_of(top, spec.origin if spec.has_location else next(iter(spec.submodule_search_locations or []), None))
+
+
+def _folder(module: object) -> str | None:
+    """Return a folder of a package without an `__init__.py`."""
+    return next(iter(getattr(module, "__path__", [])), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts_of(top: str, file: str | None) -> Parts | None:
+    if file is None:
+        return _named(f"Python {_VERSION}") if top in sys.stdlib_module_names else None
+    path = os.path.realpath(file)
+    installed = not set(_INSTALLED).isdisjoint(path.split(os.sep))
+    if not installed and path.startswith(_STANDARD_LIBRARY):
+        return _named(f"Python {_VERSION}")
+    if installed and (found := _distributions(top)):
+        return _named(*(f"package {name!r} {version}" for name, version in found))
+    if path.endswith((".so", ".pyd", ".dylib")):
+        with open(path, "rb") as opened:
+            return {f"extension module {top!r}": hashlib.file_digest(opened, "sha256").digest()}
+    return None
+
+
+def _named(*names: str) -> Parts:
+    return MappingProxyType({name: hashlib.sha256(name.encode()).digest() for name in names})
+
+
+def _distributions(top: str) -> list[tuple[str, str]]:
+    """Return the names and versions of the distributions that a top-level module comes from."""
+    try:
+        # Most are named as their module is; reading the metadata of all of them takes a thousand times longer.
+        likely = importlib.metadata.distribution(top)
+        if any(file.parts[0].partition(".")[0] == top for file in likely.files or []):
+            return [(likely.metadata["Name"], likely.version)]
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    names = sorted(set(_providers().get(top, [])))
+    return [(name, importlib.metadata.version(name)) for name in names]
+
+
+@functools.cache
+def _providers() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
+def module_name(names: Mapping[str, object]) -> str:
+    """Return a module's name from its globals, by which it can be imported also where it is the script that runs."""
+    name = names.get("__name__")
+    if name not in ("__main__", "__mp_main__"):
+        return name if isinstance(name, str) else "?"
+    spec = names.get("__spec__")
+    if spec is not None and isinstance(found := getattr(spec, "name", None), str):
+        return found.removesuffix(".__main__")
+    file = names.get("__file__")
+    return os.path.splitext(os.path.basename(file))[0] if isinstance(file, str) else "__main__"

@@ -1,0 +1,608 @@
+"""The walk from a function through all that its result depends on."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import hashlib
+import importlib.util
+import operator
+import sys
+import types
+import typing
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FunctionType, MappingProxyType, ModuleType
+from typing import Any, TypeAlias
+
+from hypernodes._node import Node, node
+from hypernodes._signature.captured import MUTATING_METHODS, Chain, Import, Writes, names_in
+from hypernodes._signature.code import code_of
+from hypernodes._signature.members import (
+    ABSENT,
+    MUTABLE,
+    data_of,
+    functions_of,
+    is_generated,
+    is_own,
+    member,
+    written_on_self,
+)
+from hypernodes._signature.origin import foreign_parts, module_name
+from hypernodes._signature.stream import SCALARS
+from hypernodes._signature.values import hash_value
+from hypernodes.errors import UncacheableError
+
+Variable: TypeAlias = tuple[object, ...]
+"""What holds a value: a cell, or a namespace and a name."""
+
+_BUILTINS = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+)
+_UNCHANGING = (*SCALARS, tuple, frozenset, range)
+_MAPPINGS = (dict, MappingProxyType)
+_CONTAINERS = (*_MAPPINGS, list, tuple, set, frozenset)
+_CODE = "hypernodes: code"
+"""Marks what stands in the place of code in a value."""
+
+
+@dataclass(slots=True)
+class _Captured:
+    """A value that code reads, in the part that it counts in; its label tells the values of one part apart."""
+
+    part: str
+    value: Any
+    variable: Variable = ()
+    label: str = ""
+    owner: type | None = None
+    without: frozenset[str] | None = None
+    """The attributes that were left out when its digest was taken."""
+    digest: bytes = b""
+
+
+class Walk:
+    """Follows code breadth first, in an order that depends on nothing but the code."""
+
+    def __init__(self) -> None:
+        self._pieces: defaultdict[str, list[bytes]] = defaultdict(list)
+        self._names: dict[tuple[object, ...], str] = {}
+        self._taken: defaultdict[str, int] = defaultdict(int)
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._captured: list[_Captured] = []
+        self._kept: list[Any] = []  # what the walk itself made: an address names it only while it lives
+        self._bound: set[tuple[object, ...]] = set()
+        self._attributes: set[str] = set()
+        self._state: set[tuple[object, ...]] = set()  # variables that the code assigns to
+        self._changed: set[int] = set()  # objects whose content it changes, by address
+        self._stored: defaultdict[int, set[str]] = defaultdict(set)  # attributes that it sets, by object
+        self._opaque: set[str] = set()
+
+    def enter(self, func: Any) -> str:
+        """Start from a function; return what it is called."""
+        name = self._reference(func)
+        if name is None:
+            self._attributes.add("__call__")
+            name = f"object of {self._class(type(func))}"
+            self._capture(name, func)
+        return name
+
+    def finish(self) -> tuple[dict[str, bytes], tuple[str, ...]]:
+        """Follow everything; return the digest of every part, and what counts by its class."""
+        done = -1
+        while done < len(self._captured) or self._waiting:
+            while self._waiting:
+                self._waiting.popleft()()
+            done = len(self._captured)
+            for each in self._captured[:]:
+                self._weigh(each)
+        pieces = {name: list(found) for name, found in self._pieces.items()}
+        for each in self._captured:
+            if not self._is_state(each):
+                pieces.setdefault(each.part, []).append(_joined(each.label.encode(), each.digest))
+        return {name: _joined(*found) for name, found in pieces.items()}, tuple(sorted(self._opaque))
+
+    # ---- code that is referred to
+
+    def _reference(self, value: Any) -> str | None:
+        """Return the name of code, which is followed from now on; None if the value is not code."""
+        while isinstance(value, Node | staticmethod | classmethod):
+            value = value.func if isinstance(value, Node) else value.__func__
+        match value:
+            case FunctionType():
+                return self._function(value)
+            case type():
+                return self._class(value)
+            case ModuleType():
+                return self._module(value)
+            case functools.partial():
+                return self._partial(value)
+            case types.MethodType():
+                return self._method(value)
+        if isinstance(value, _BUILTINS):
+            return self._builtin(value)
+        kind = type(value)
+        if kind.__module__.startswith("hypernodes.") and (plan := getattr(value, "plan", None)) is not None:
+            return self._pipeline(value, plan)
+        if not callable(value) or foreign_parts(kind.__module__) is None:
+            return None
+        own = getattr(value, "__dict__", {})
+        if "__wrapped__" in own:
+            return self._wrapper(value, kind.__module__, kind.__qualname__)
+        if "__name__" in own or "__name__" in kind.__dict__:  # such as numpy.sin
+            return self._foreign(str(getattr(value, "__module__", "") or kind.__module__), value.__name__)
+        return None
+
+    def _entity(self, key: tuple[object, ...], name: str, follow: Callable[[str], None] | None = None) -> str:
+        """Return the name of a thing, with a number if another thing of that name came before."""
+        known = self._names.get(key)
+        if known is None:
+            self._taken[name] += 1
+            number = self._taken[name]
+            known = self._names[key] = name if number == 1 else f"{name} #{number}"
+            if follow is not None:
+                self._waiting.append(functools.partial(follow, known))
+        return known
+
+    def _foreign(self, module: str, name: str) -> str:
+        for part, digest in (foreign_parts(module) or {}).items():
+            self._pieces[part] = [digest]
+        return f"{module}.{name}"
+
+    def _function(self, func: FunctionType) -> str:
+        module = func.__globals__.get("__name__") or func.__module__ or ""
+        if module not in ("__main__", "__mp_main__") and foreign_parts(module) is not None:
+            if "__wrapped__" in func.__dict__:
+                return self._wrapper(func, module, func.__code__.co_qualname)
+            return self._foreign(module, func.__code__.co_qualname)
+        name = f"function {func.__code__.co_qualname!r} (module {module_name(func.__globals__)!r})"
+        return self._entity((id(func),), name, lambda part: self._follow_function(func, part))
+
+    def _follow_function(self, func: FunctionType, part: str) -> None:
+        self._pieces[part].append(code_of(func).digest)
+        owner = repr(func.__code__.co_qualname) + part.rpartition(")")[2]  # with its number
+        self._uses(func, owner)
+        for name, value in _defaults(func):
+            if not self._is_changed_parameter(func, name, value):
+                self._capture(f"default of {name!r} of {owner}", value)
+        if "__wrapped__" in func.__dict__:
+            self._bind(f"wrapped by {owner}", (id(func), "__wrapped__"), func.__dict__["__wrapped__"])
+
+    def _wrapper(self, wrapper: Any, module: str, kind: str) -> str:
+        """Somebody else's decorator: its version, how it was applied, and what is inside."""
+        return self._entity(
+            (id(wrapper),),
+            f"{self._foreign(module, kind)} around {_inner_name(wrapper)}",
+            lambda part: self._follow_wrapper(wrapper, part),
+        )
+
+    def _follow_wrapper(self, wrapper: Any, part: str) -> None:
+        inner = wrapper.__wrapped__
+        self._bind(part, (id(wrapper), "__wrapped__"), inner)
+        if "registry" in wrapper.__dict__:  # functools.singledispatch
+            self._capture(f"registry of {_inner_name(wrapper)}", wrapper.registry)
+        while not isinstance(inner, FunctionType) and hasattr(inner, "__wrapped__"):
+            inner = inner.__wrapped__
+        while isinstance(inner, FunctionType) and "__wrapped__" in inner.__dict__:
+            inner = inner.__dict__["__wrapped__"]
+        if isinstance(inner, FunctionType):
+            written = code_of(inner)
+            decorators = [
+                digest for chain, digest in written.decorators if chain and self._resolve(inner, chain) is not node
+            ]
+            self._pieces[f"decorators of {_inner_name(wrapper)}"] = [*decorators, written.annotations]
+
+    def _module(self, module: ModuleType) -> str:
+        if foreign_parts(module.__name__) is not None:
+            self._foreign(module.__name__, "")
+            return f"module {module.__name__!r}"
+        return f"module {module_name(vars(module))!r}"
+
+    def _partial(self, value: functools.partial[Any]) -> str:
+        return self._entity(
+            (id(value),), f"partial of {_inner_name(value)}", lambda part: self._follow_partial(value, part)
+        )
+
+    def _follow_partial(self, value: functools.partial[Any], part: str) -> None:
+        self._bind(part, (id(value), "func"), value.func)
+        for number, each in enumerate(value.args, start=1):
+            self._capture(f"argument {number} of {part}", each)
+        for name, each in value.keywords.items():
+            self._capture(f"argument {name!r} of {part}", each)
+
+    def _method(self, method: types.MethodType) -> str:
+        func, instance = method.__func__, method.__self__
+        self._kept.append(method)
+        name = f"method {getattr(func, '__qualname__', type(func).__qualname__)!r}"
+        return self._entity((id(instance), id(func)), name, lambda part: self._follow_method(func, instance, part))
+
+    def _follow_method(self, func: Any, instance: Any, part: str) -> None:
+        owner = instance if isinstance(instance, type) else type(instance)
+        self._attributes.add(getattr(func, "__name__", ""))
+        self._bind(part, (id(instance), id(func)), owner)
+        if not any(is_own(func, each) for each in owner.__mro__):
+            self._bind(part, (id(instance), id(func), "function"), func)
+        if not isinstance(instance, type):
+            self._capture(f"self of {part}", instance)
+
+    def _builtin(self, value: Any) -> str:
+        instance = getattr(value, "__self__", None)
+        qualname = value.__qualname__
+        if instance is None or isinstance(instance, ModuleType | type):
+            module = getattr(value, "__module__", None) or getattr(instance, "__module__", None) or "builtins"
+            return self._foreign(module, qualname)
+        self._kept.append(value)
+
+        def follow(part: str) -> None:
+            if value.__name__ not in MUTATING_METHODS:
+                self._capture(f"self of {part}", instance)
+
+        return self._entity((id(instance), value.__name__), f"method {qualname!r}", follow)
+
+    def _pipeline(self, pipeline: Any, plan: Any) -> str:
+        return self._entity((id(plan),), f"pipeline {plan.name!r}", lambda part: self._follow_plan(plan, part))
+
+    def _follow_plan(self, plan: Any, part: str) -> None:
+        """Names, order, maps and functions; how a pipeline runs does not change what it makes."""
+        for step in plan.steps:
+            self._pieces[part].append(repr((tuple(step.inputs), step.outputs)).encode())
+            if (call := getattr(step, "node", None)) is not None:
+                self._bind(part, (id(step),), call)
+                continue
+            mapped = step.map and (step.map.over, step.map.mode, step.map.on_error)
+            names = sorted(step.outer_to_inner.items()), sorted(step.inner_to_outer.items()), mapped
+            self._pieces[part].append(repr(names).encode())
+            self._pieces[part].append(self._pipeline(step, step.plan).encode())
+        for name, value in plan.constants.items():
+            self._capture(f"input {name!r} bound in {part}", value)
+
+    # ---- what code reads and writes
+
+    def _uses(self, func: FunctionType, owner: str) -> None:
+        code = code_of(func)
+        self._attributes |= code.uses.attributes
+        self._note_writes(func, code.uses.outer)
+        imports: defaultdict[str, list[Import]] = defaultdict(list)
+        for each in code.uses.imports:
+            imports[each.name].append(each)
+        for each in imports.pop("", []):
+            self._import(func, each)
+        cells = _cells(func)
+        for chain in code.reads:
+            name = chain[0]
+            if name in imports:
+                for each in sorted(imports[name], key=repr):
+                    self._read_import(func, each, chain, owner)
+            elif name in cells:
+                if name != "__class__":
+                    cell = cells[name]
+                    value = _content(cell)
+                    self._bind(f"closure variable {name!r} of {owner}", ("cell", id(cell)), value, chain=chain)
+            else:
+                self._read_name(func.__globals__, chain)
+
+    def _read_name(self, names: dict[str, Any], chain: Chain) -> None:
+        """A global variable, or an attribute of a module of the project, which is one of its global variables."""
+        name = chain[0]
+        if name not in names:
+            if name in _builtins(names):
+                return
+            if (value := _lazily(names, name)) is ABSENT:
+                self._pieces[f"global {name!r} (module {module_name(names)!r})"] = [b"absent"]
+                return
+        else:
+            value = names[name]
+        module = module_name(names)
+        if isinstance(value, ModuleType) and len(chain) > 1 and foreign_parts(value.__name__) is None:
+            self._bind(f"global {name!r} (module {module!r})", (id(names), name), value, f"module {name!r}")
+            self._read_name(vars(value), chain[1:])
+            return
+        own = f"{'class' if isinstance(value, type) else 'function'} {name!r} (module {module!r})"
+        self._bind(f"global {name!r} (module {module!r})", (id(names), name), value, own, chain)
+
+    def _read_import(self, func: FunctionType, what: Import, chain: Chain, owner: str) -> None:
+        module = _absolute(func, what)
+        if module and foreign_parts(module) is not None:
+            self._pieces[f"import of {what.name!r} in {owner}"].append(
+                self._foreign(module, what.attribute or "").encode()
+            )
+            return
+        loaded = self._import(func, what)
+        if loaded is None:
+            self._pieces[f"import of {what.name!r} in {owner}"].append(b"absent")
+        elif what.attribute:
+            self._read_name(vars(loaded), (what.attribute, *chain[1:]))
+        elif len(chain) > 1:
+            self._read_name(vars(loaded), chain[1:])
+        else:
+            self._bind(f"import of {what.name!r} in {owner}", (id(func), what), loaded)
+
+    def _import(self, func: FunctionType, what: Import) -> ModuleType | None:
+        """Import a module of the project, as the function is about to do."""
+        module = _absolute(func, what)
+        if not module or foreign_parts(module) is not None:
+            return None
+        try:
+            loaded = importlib.import_module(module)
+            if what.attribute and what.attribute not in vars(loaded):
+                importlib.import_module(f"{module}.{what.attribute}")
+        except Exception:  # noqa: BLE001 - importing runs the user's own code; the function may expect it to fail
+            return None
+        return loaded
+
+    def _bind(self, part: str, variable: tuple[object, ...], value: Any, own: str = "", chain: Chain = ()) -> None:
+        """A name stands for code or a value; for code of that very name (`own`) there is nothing to say."""
+        if (part, *variable) not in self._bound:
+            self._bound.add((part, *variable))
+            name = self._reference(value) if value is not ABSENT else "nothing yet"
+            if name is None:
+                self._capture(part, value, variable)
+            elif name != own:
+                self._pieces[part].append(name.encode())
+            if isinstance(value, ModuleType) and len(chain) == 1 and foreign_parts(value.__name__) is None:
+                self._whole_module(value)
+        if len(chain) > 1 and isinstance(value, FunctionType | type):
+            self._read_attribute(value, chain[1], part)
+
+    def _read_attribute(self, owner: Any, attribute: str, part: str) -> None:
+        """An attribute that somebody gave to a function; or a docstring, which counts where code reads it."""
+        if attribute == "__doc__" or (isinstance(owner, FunctionType) and attribute in owner.__dict__):
+            value = getattr(owner, attribute)
+            self._bind(f"attribute {attribute!r} of {part}", (id(owner), attribute), value)
+
+    def _whole_module(self, module: ModuleType) -> None:
+        """A module that is used as a value: whatever is in it may be used."""
+        for name in sorted(vars(module)):
+            value = vars(module)[name]
+            if not name.startswith("_") and not isinstance(value, ModuleType):
+                self._read_name(vars(module), (name,))
+
+    def _note_writes(self, func: FunctionType, writes: Writes) -> None:
+        cells = _cells(func)
+        for name in writes.rebound:
+            self._state.add(("cell", id(cells[name])) if name in cells else (id(func.__globals__), name))
+        for chain in writes.stored:
+            self._note_attribute(self._resolve(func, chain[:-1]), chain[-1])
+        changed = [(chain, False) for chain in writes.mutated] + [(chain, True) for chain in writes.called]
+        for chain, by_method in changed:
+            value = self._resolve(func, chain)
+            if by_method and not isinstance(value, MUTABLE):
+                continue
+            if value is not ABSENT and not isinstance(value, (*_UNCHANGING, ModuleType)):
+                self._changed.add(id(value))
+            if len(chain) > 1:
+                self._note_attribute(self._resolve(func, chain[:-1]), chain[-1])
+            else:
+                self._state.add(
+                    ("cell", id(cells[chain[0]])) if chain[0] in cells else (id(func.__globals__), chain[0])
+                )
+
+    def _note_attribute(self, owner: Any, attribute: str) -> None:
+        if isinstance(owner, ModuleType):
+            self._state.add((id(vars(owner)), attribute))
+        elif owner is not ABSENT and not isinstance(owner, _UNCHANGING):
+            self._stored[id(owner)].add(attribute)
+            self._state.add((id(owner), attribute))
+
+    def _resolve(self, func: FunctionType, chain: Chain) -> Any:
+        """Return what a chain of names stands for, without running anything; `ABSENT` if that cannot be told."""
+        cells = _cells(func)
+        imports = [each for each in code_of(func).uses.imports if each.name == chain[0]]
+        if imports:
+            loaded = self._import(func, imports[0])
+            value = member(loaded, imports[0].attribute) if imports[0].attribute else loaded
+        elif chain[0] in cells:
+            value = _content(cells[chain[0]])
+        else:
+            value = func.__globals__.get(chain[0], ABSENT)
+        for name in chain[1:]:
+            value = member(value, name)
+        return value
+
+    def _is_changed_parameter(self, func: FunctionType, name: str, value: Any) -> bool:
+        """Say whether a default is memory between calls, as in `def f(x, seen={})`."""
+        writes = code_of(func).uses.parameters
+        changed = any(chain[0] == name for chain in writes.mutated | writes.stored)
+        return changed or (isinstance(value, MUTABLE) and (name,) in writes.called)
+
+    # ---- values
+
+    def _capture(
+        self, part: str, value: Any, variable: Variable = (), label: str = "", owner: type | None = None
+    ) -> None:
+        self._captured.append(_Captured(part, value, variable, label, owner))
+
+    def _is_state(self, captured: _Captured) -> bool:
+        if captured.variable in self._state or id(captured.value) in self._changed:
+            return True
+        owner = captured.owner
+        return owner is not None and captured.label in written_on_self(owner, self._attributes)
+
+    def _weigh(self, captured: _Captured) -> None:
+        """Take the digest of a captured value, unless it is state or was taken already."""
+        value = captured.value
+        if type(value) in SCALARS:
+            captured.digest = captured.digest or hash_value(value)
+        elif not self._is_state(captured):
+            without = self._written_attributes(value)
+            if captured.without != without:
+                captured.without = without
+                captured.digest = self._digest(value, captured.part, without)
+
+    def _written_attributes(self, value: Any) -> frozenset[str]:
+        kind = type(value)
+        if kind in _CONTAINERS or foreign_parts(kind.__module__) is not None:
+            return frozenset(self._stored.get(id(value), ()))
+        return frozenset(self._stored.get(id(value), set()) | written_on_self(kind, self._attributes, value))
+
+    def _digest(self, value: Any, name: str, without: frozenset[str]) -> bytes:
+        classes: set[type] = set()
+        try:
+            # What holds state that the code changes counts by its other attributes.
+            plain = self._attributes_of(value, name, without) if without else self._plain(value)
+            return hash_value(plain, classes=classes)
+        except UncacheableError:
+            return hash_value(self._plain(value, name), classes=classes)
+        finally:
+            self._follow_classes(classes)
+
+    def _plain(self, value: Any, opaque: str = "", within: tuple[int, ...] = ()) -> Any:
+        """Return a value with names in the place of code.
+
+        With a name to give to what is `opaque`, what cannot be hashed counts by its class.
+        """
+        kind = type(value)
+        if kind in SCALARS:
+            return value
+        if kind in _CONTAINERS and id(value) not in within:
+            return self._plain_container(value, opaque, (*within, id(value)))
+        if (name := self._reference(value)) is not None:
+            return _CODE, name
+        if (origin := typing.get_origin(value)) is not None:
+            return _CODE, *(self._plain(each, opaque, within) for each in (origin, *value.__args__))
+        return self._by_class(value, opaque, within) if opaque else value
+
+    def _plain_container(self, value: Any, opaque: str, within: tuple[int, ...]) -> Any:
+        kind = type(value)
+        if set(map(type, value)) <= SCALARS.keys() and (
+            kind not in _MAPPINGS or set(map(type, value.values())) <= SCALARS.keys()
+        ):
+            return value
+        if kind in _MAPPINGS:
+            plain = {self._plain(key, opaque, within): self._plain(each, opaque, within) for key, each in value.items()}
+            return plain if any(plain.get(key, _CODE) is not each for key, each in value.items()) else value
+        items = [self._plain(each, opaque, within) for each in value]
+        if all(map(operator.is_, items, value)):
+            return value
+        return _CODE, kind.__name__, frozenset(items) if kind in (set, frozenset) else tuple(items)
+
+    def _by_class(self, value: Any, opaque: str, within: tuple[int, ...]) -> Any:
+        classes: set[type] = set()
+        try:
+            return _CODE, hash_value(value, classes=classes)
+        except UncacheableError:
+            kind = type(value)
+            if foreign_parts(kind.__module__) is None and hasattr(value, "__dict__") and id(value) not in within:
+                return self._attributes_of(value, opaque, self._written_attributes(value), (*within, id(value)))
+            self._opaque.add(f"{opaque}: {kind.__module__}.{kind.__qualname__}")
+            return _CODE, self._class(kind)
+        finally:
+            self._follow_classes(classes)
+
+    def _attributes_of(self, value: Any, name: str, without: frozenset[str], within: tuple[int, ...] = ()) -> Any:
+        """Return the class of an object and its public attributes, but for some."""
+        state = {
+            key: self._plain(each, f"{name}, attribute {key!r}", within)
+            for key, each in getattr(value, "__dict__", {}).items()
+            if not key.startswith("_") and key not in without
+        }
+        return _CODE, self._class(type(value)), tuple(sorted(state.items()))
+
+    def _follow_classes(self, classes: set[type]) -> None:
+        for each in sorted(classes, key=lambda each: (each.__module__, each.__qualname__)):
+            self._class(each)
+
+    # ---- classes
+
+    def _class(self, cls: type) -> str:
+        if foreign_parts(cls.__module__) is not None:
+            return self._foreign(cls.__module__, cls.__qualname__)
+        name = f"class {cls.__qualname__!r} (module {_module_of(cls)!r})"
+        return self._entity((id(cls),), name, lambda part: self._follow_class(cls, part))
+
+    def _follow_class(self, cls: type, part: str) -> None:
+        pieces = self._pieces[part]
+        kinds = cls.__bases__ if type(cls) is type else (*cls.__bases__, type(cls))
+        pieces.extend(self._class(each).encode() for each in kinds)
+        for name in sorted(cls.__dict__):
+            member = cls.__dict__[name]
+            for func in functions_of(member):
+                if not is_generated(func, cls):
+                    pieces.append(f"{type(member).__qualname__} {name}".encode())
+                    self._follow_member(cls, name, func, part)
+        for label, value in data_of(cls):
+            self._capture(part, value, (id(cls), label), label, cls)
+            if label.endswith(": annotation") and isinstance(value, str):
+                self._follow_annotation(cls, value)
+
+    def _follow_member(self, cls: type, name: str, func: Any, part: str) -> None:
+        if not is_own(func, cls):
+            self._pieces[part].append((self._reference(func) or self._class(type(func))).encode())
+            return
+        self._pieces[part].append(code_of(func).digest)
+        self._uses(func, repr(f"{cls.__qualname__}.{name}"))
+        for parameter, value in _defaults(func):
+            if not self._is_changed_parameter(func, parameter, value):
+                self._capture(part, value, label=f"default of {parameter!r} of {name!r}")
+
+    def _follow_annotation(self, cls: type, annotation: str) -> None:
+        """Follow the classes that a field is annotated with, where annotations are kept as text."""
+        names = getattr(sys.modules.get(cls.__module__), "__dict__", {})
+        for name in names_in(annotation):
+            if isinstance(names.get(name), type):
+                self._read_name(names, (name,))
+
+
+def _joined(*pieces: bytes) -> bytes:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(b"%d:" % len(piece))
+        digest.update(piece)
+    return digest.digest()
+
+
+def _module_of(cls: type) -> str:
+    return module_name(getattr(sys.modules.get(cls.__module__), "__dict__", {"__name__": cls.__module__}))
+
+
+def _inner_name(value: Any) -> str:
+    """Return the name of the function inside of partials and decorators, quoted."""
+    while isinstance(value, functools.partial | Node):
+        value = value.func
+    return repr(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def _defaults(func: FunctionType) -> Iterator[tuple[str, Any]]:
+    code = func.__code__
+    if values := func.__defaults__:
+        yield from zip(code.co_varnames[code.co_argcount - len(values) : code.co_argcount], values, strict=True)
+    yield from sorted((func.__kwdefaults__ or {}).items())
+
+
+def _cells(func: FunctionType) -> dict[str, types.CellType]:
+    return dict(zip(func.__code__.co_freevars, func.__closure__ or (), strict=True))
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing has been assigned yet
+        return ABSENT
+
+
+def _builtins(names: dict[str, Any]) -> Mapping[str, Any]:
+    found = names.get("__builtins__", builtins)
+    return vars(found) if isinstance(found, ModuleType) else found
+
+
+def _lazily(names: dict[str, Any], name: str) -> Any:
+    """Return what a module makes when it is asked for it: by its `__getattr__`, or by importing a submodule."""
+    module = sys.modules.get(names.get("__name__", ""))
+    try:
+        return getattr(module, name, ABSENT) if module is not None and vars(module) is names else ABSENT
+    except Exception:  # noqa: BLE001 - a module's `__getattr__` is the user's own code
+        return ABSENT
+
+
+def _absolute(func: FunctionType, what: Import) -> str:
+    if not what.level:
+        return what.module
+    package = func.__globals__.get("__package__") or func.__globals__.get("__name__", "").rpartition(".")[0]
+    try:
+        return importlib.util.resolve_name("." * what.level + what.module, package)
+    except ImportError:
+        return ""
