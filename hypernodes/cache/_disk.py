@@ -28,6 +28,7 @@ _T = TypeVar("_T")
 
 KEY_VARIABLE = "HYPERNODES_CACHE_KEY"
 PRUNED_EVERY_S = 86400.0
+_ATTEMPTS = 5
 _TIDIED_EVERY_S = 3600.0
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -63,6 +64,9 @@ class DiskCache:
     >>> folder.cleanup()
     """
 
+    travels = True
+    """Worker processes and containers that a run uses may open it too."""
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -91,10 +95,18 @@ class DiskCache:
     def read(self, keys: Sequence[str]) -> dict[str, bytes | bytearray]:
         """Return the values of those keys that are there; blocks."""
         found: dict[str, Any] = {}
-        if self._is_there():
-            absent = self._packs.read(keys, found)
-            if absent:
-                self._files.read(absent, found)
+        if not self._is_there():
+            return found
+        missing: Sequence[str] = keys
+        since = float("-inf")
+        for _ in range(_ATTEMPTS):
+            missing = self._packs.read(missing, found)
+            if missing:  # returns those that were there a moment ago: deleted, or replaced
+                missing = self._files.read(missing, found, max(since, self._packs.changed))
+            if not missing:
+                break
+            since = time.monotonic()
+            self._packs.refresh(now=True)
         return found
 
     def find(self, keys: Sequence[str]) -> set[str]:
@@ -102,7 +114,7 @@ class DiskCache:
         if not self._is_there():
             return set()
         found, absent = self._packs.find(keys)
-        return found | self._files.find(absent) if absent else found
+        return found.union(self._files.find(absent, self._packs.changed)) if absent else found
 
     def write(self, entries: Mapping[str, Entry]) -> None:
         """Keep each value (a buffer of bytes, or several) under its key, in place of an earlier one; blocks.
@@ -128,20 +140,17 @@ class DiskCache:
         if not self._is_there():
             self._root.prepare()
             self._checked = True
-        self._write_large(large)
+        for key, parts in large.items():
+            stored_at = self._files.write(key, parts, self._packs.later_than([key]))
+            if self._packs.find([key])[0]:
+                self._packs.bury([key], stored_at)
         if small:
-            self._packs.add(small, lengths)
-            for key in self._files.find(small):
-                self._files.remove(key)  # the pack's entry counts already
+            stored_at = self._packs.add(small, lengths)
+            for key, replaced_at in self._files.find(small, self._packs.changed).items():
+                if replaced_at < stored_at:
+                    self._files.remove(key, replaced_at)
         with suppress(OSError):  # what was asked for is done
             self._tidy()
-
-    def _write_large(self, entries: Mapping[str, Sequence[Any]]) -> None:
-        for key, parts in entries.items():
-            self._files.write(key, parts)
-        hidden = self._packs.find(entries)[0] if entries else ()
-        if hidden:
-            self._packs.add(dict.fromkeys(hidden, ()), array("I", [0]) * len(hidden))
 
     def _is_there(self) -> bool:
         """Say whether there is a cache to look into, and that it is safe the first time that there is."""

@@ -8,7 +8,6 @@ and all that stands before itself; nothing of a payload is given out before it h
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
@@ -22,10 +21,10 @@ MAGIC = b"hnc\x1a"
 VERSION = 1
 SIGNED = 1
 
-# Magic, checksum; version, codec, flags, bytes of meta, bytes of payload, CRC-32 of the key, unix seconds.
-# 32 bytes, so that a payload begins as its array wants it where the meta block's length is a multiple of 16.
-_HEADER = struct.Struct("<4sIBBHIQII")
-_CHECKED = struct.Struct("<BBHIQII")
+# Magic, checksum; version, codec, flags, bytes of meta, bytes of payload, CRC-32 of the key. Filled up to 32 bytes,
+# so that a payload begins as its array wants it where the meta block's length is a multiple of 16.
+_HEADER = struct.Struct("<4sIBBHIQI4x")
+_CHECKED = struct.Struct("<BBHIQI4x")
 HEADER_SIZE = _HEADER.size
 _CHECKED_FROM = HEADER_SIZE - _CHECKED.size
 _SIGNATURE_SIZE = 32
@@ -47,8 +46,6 @@ class Header(NamedTuple):
     signed: bool
     meta_size: int
     payload_size: int
-    stored_at: int
-    """Unix seconds."""
 
 
 class Refused(Exception):  # noqa: N818 - it is an answer: the entry is a miss
@@ -71,7 +68,7 @@ def seal(key: str, codec: int, meta: bytes, payload: Sequence[Buffer], secret: b
     name = key.encode()
     flags = 0 if secret is None else SIGNED
     length = sum(map(size, payload))
-    checked = _CHECKED.pack(VERSION, codec, flags, len(meta), length, crc32(name), int(time.time())) + meta
+    checked = _CHECKED.pack(VERSION, codec, flags, len(meta), length, crc32(name)) + meta
     checksum = crc32(checked)
     for buffer in payload:
         checksum = crc32(buffer, checksum)
@@ -88,7 +85,7 @@ def unseal(key: str, data: Buffer, secret: bytes | None) -> Sealed:
     """
     view = memoryview(data)
     try:
-        magic, checksum, version, codec, flags, meta_size, payload_size, owner, _ = _HEADER.unpack_from(view)
+        magic, checksum, version, codec, flags, meta_size, payload_size, owner = _HEADER.unpack_from(view)
     except struct.error:
         raise Refused(f"torn: {view.nbytes} bytes", damaged=True) from None
     if magic != MAGIC:
@@ -123,12 +120,12 @@ def read_header(data: Buffer) -> Header:
     Raises ``Refused`` where there is none; nothing in it is checked.
     """
     try:
-        magic, _, version, codec, flags, meta_size, payload_size, _, stored_at = _HEADER.unpack_from(data)
+        magic, _, version, codec, flags, meta_size, payload_size, _ = _HEADER.unpack_from(data)
     except struct.error:
         raise Refused("torn", damaged=True) from None
     if magic != MAGIC or version != VERSION:
         raise Refused("no envelope of this version", damaged=magic != MAGIC)
-    return Header(codec, bool(flags & SIGNED), meta_size, payload_size, stored_at)
+    return Header(codec, bool(flags & SIGNED), meta_size, payload_size)
 
 
 def _is_signature(claimed: memoryview, secret: bytes, name: bytes, signed: memoryview) -> bool:

@@ -7,7 +7,7 @@ import threading
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,8 @@ class PackIndex:
         self._looked = float("-inf")
         self._lock = threading.Lock()
         self._merging = threading.Lock()
+        self.changed = float("-inf")
+        """When another process was last found to have changed something, in monotonic seconds."""
         self.damaged: dict[str, str] = {}
         """Packs that cannot be read, and why."""
 
@@ -74,15 +76,19 @@ class PackIndex:
                 names = set()
             self._looked = time.monotonic()
             # First what is new: a merged pack takes over before those that it is made of are forgotten.
-            for name in sorted(names - self._numbers.keys() - self.damaged.keys()):
+            new = sorted(names - self._numbers.keys() - self.damaged.keys())
+            for name in new:
                 try:
                     self._adopt(load(self.folder, name))
                 except FileNotFoundError:
                     continue
                 except DamagedPackError as error:
                     self.damaged[name] = str(error)
-            for name in self._numbers.keys() - names:
+            gone = self._numbers.keys() - names
+            for name in gone:
                 self._forget(name)
+            if new or gone:
+                self.changed = time.monotonic()
             self.damaged = {name: reason for name, reason in self.damaged.items() if name in names}
 
     def find(self, keys: Iterable[str]) -> tuple[set[str], list[str]]:
@@ -151,22 +157,35 @@ class PackIndex:
 
     # Adding
 
-    def add(self, entries: Mapping[str, Sequence[Buffer]], lengths: array[int]) -> None:
-        """Write entries into a new pack; no buffers make a tombstone."""
+    def add(self, entries: Mapping[str, Sequence[Buffer]], lengths: array[int], stored_at: int | None = None) -> int:
+        """Write entries into a new pack; return the time that they got, in nanoseconds since 1970."""
+        self.refresh()
         keys = list(entries)
-        stamp = self._later_than(keys)
-        pack, front = encode(unique_name() + SUFFIX, keys, array("Q", [stamp]) * len(keys), lengths)
+        if stored_at is None:
+            stored_at = self.later_than(keys)
+        pack, front = encode(unique_name() + SUFFIX, keys, array("Q", [stored_at]) * len(keys), lengths)
         self._place(pack, self._root.write(_batched(front, entries, lengths)))
+        return stored_at
 
-    def _later_than(self, keys: Iterable[str]) -> int:
-        """A time for new entries that is behind those of the ones they replace, also where clocks disagree."""
-        stamp = time.time_ns()
+    def bury(self, keys: Collection[str], stored_at: int | None = None) -> None:
+        """Write tombstones: what packs have stored for these keys before counts no more."""
+        self.add(dict.fromkeys(keys, ()), array("I", [0]) * len(keys), stored_at)
+
+    def later_than(self, keys: Iterable[str]) -> int:
+        """Return a time for new entries that is behind those of the ones they replace, also where clocks disagree."""
+        stored_at = time.time_ns()
         for each in self._where.keys() & map(fingerprint, keys):
-            slot = self._where.get(each, -1)
-            pack = self._packs.get(slot >> _SLOT)
-            if pack is not None:
-                stamp = max(stamp, pack.times[slot & _NUMBER_IN_PACK] + 1)
-        return stamp
+            stored_at = max(stored_at, self._stored_at(each) + 1)
+        return stored_at
+
+    def _stored_at(self, each: int) -> int:
+        slot = self._where.get(each, -1)
+        pack = self._packs.get(slot >> _SLOT)
+        return 0 if pack is None else pack.times[slot & _NUMBER_IN_PACK]
+
+    def replaces(self, key: str, stored_at: int) -> bool:
+        """Say whether packs have something later for a key."""
+        return self._stored_at(fingerprint(key)) > stored_at
 
     def _place(self, pack: Pack, temporary: str) -> None:
         self._root.put_in_place(temporary, PACKS, pack.name)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 
 from hypernodes.cache._envelope import HEADER_SIZE, Refused, read_header, unseal
-from hypernodes.cache._files import EntryFiles
+from hypernodes.cache._files import EntryFiles, read_file
 from hypernodes.cache._index import PackIndex
-from hypernodes.cache._packs import DamagedPackError, Pack
+from hypernodes.cache._packs import SUFFIX, DamagedPackError, Pack
 from hypernodes.cache._reports import CacheStats, EntryInfo, Finding, PruneReport, VerifyReport
 from hypernodes.cache._root import ENTRIES, PACKS, TRASH, Root, make_directories, scan, touch, unique_name
 
 _NS = 1e-9
 _FRONT = 1 << 10
+"""Bytes in which most meta blocks end."""
 
 
 def entries(packs: PackIndex, files: EntryFiles) -> Iterator[EntryInfo]:
@@ -30,66 +29,68 @@ def entries(packs: PackIndex, files: EntryFiles) -> Iterator[EntryInfo]:
                 for place in packs.living(pack):
                     length = pack.lengths[place]
                     if length:
-                        front = _front(file.fileno(), pack.starts[place], length)
+                        meta = _meta(file.fileno(), pack.starts[place], length)
                         stored_at = pack.times[place] * _NS
-                        yield EntryInfo(key=keys[place], size=length, stored_at=stored_at, place="pack", meta=front[0])
-    for found in files.walk():
+                        yield EntryInfo(key=keys[place], size=length, stored_at=stored_at, place="pack", meta=meta)
+    for key, at, found in _living_files(packs, files):
         with suppress(FileNotFoundError), open(found.path, "rb", buffering=0) as file:
-            length = os.fstat(file.fileno()).st_size
-            meta, stored_at = _front(file.fileno(), 0, length)
-            stored_at = stored_at or found.stat().st_mtime
-            yield EntryInfo(key=found.name, size=length, stored_at=stored_at, place="file", meta=meta)
+            length = found.stat().st_size
+            meta = _meta(file.fileno(), 0, length)
+            yield EntryInfo(key=key, size=length, stored_at=at * _NS, place="file", meta=meta)
 
 
-def _front(file: int, at: int, length: int) -> tuple[bytes, float]:
-    """Read the meta block of an envelope and when it was sealed; nothing and 0 where that is impossible."""
+def _living_files(packs: PackIndex, files: EntryFiles) -> Iterator[tuple[str, int, os.DirEntry[str]]]:
+    """Yield the files that no later entry replaces."""
+    newest: dict[str, tuple[str, int, os.DirEntry[str]]] = {}
+    for key, at, file in files.walk():
+        if not packs.replaces(key, at) and (key not in newest or at > newest[key][1]):
+            newest[key] = key, at, file
+    yield from newest.values()
+
+
+def _meta(file: int, at: int, length: int) -> bytes:
+    """Read the meta block of an envelope; nothing where that is impossible."""
     data = os.pread(file, min(_FRONT, length), at)
     try:
-        header = read_header(data)
+        end = HEADER_SIZE + read_header(data).meta_size
     except Refused:
-        return b"", 0.0
-    end = HEADER_SIZE + header.meta_size
+        return b""
     if end > length:
-        return b"", 0.0
+        return b""
     if end > len(data):
         data += os.pread(file, end - len(data), at + len(data))
-    return data[HEADER_SIZE:end], float(header.stored_at)
+    return data[HEADER_SIZE:end]
 
 
 def stats(packs: PackIndex, files: EntryFiles) -> CacheStats:
     """Count."""
     packs.refresh(now=True)
-    count = entry_bytes = file_count = file_bytes = unreadable = 0
-    times: list[float] = []
+    count = entry_bytes = unreadable = 0
+    times: list[int] = []
     for pack in packs.packs:
         living = [place for place in packs.living(pack) if pack.lengths[place]]
         count += len(living)
         entry_bytes += sum(pack.lengths[place] for place in living)
         if living:
-            stamps = [pack.times[place] for place in living]
-            times += (min(stamps) * _NS, max(stamps) * _NS)
-        file_count += 1
-        file_bytes += pack.size
-    for name in packs.damaged:
-        with suppress(FileNotFoundError):
-            file_bytes += os.stat(os.path.join(packs.folder, name)).st_size
-            unreadable += 1
-    for found in files.walk():
-        length = found.stat().st_size
-        with suppress(FileNotFoundError), open(found.path, "rb", buffering=0) as file:
-            times.append(_front(file.fileno(), 0, length)[1] or found.stat().st_mtime)
-            count += 1
-            entry_bytes += length
-            file_count += 1
-            file_bytes += length
+            stored = [pack.times[place] for place in living]
+            times += (min(stored), max(stored))
+    for _, at, found in _living_files(packs, files):
+        count += 1
+        entry_bytes += found.stat().st_size
+        times.append(at)
+    sizes = [file.stat().st_size for _, _, file in files.walk()]
+    for file in scan(packs.folder):
+        if file.name.endswith(SUFFIX):
+            sizes.append(file.stat().st_size)
+            unreadable += file.name in packs.damaged
     return CacheStats(
         entries=count,
         entry_bytes=entry_bytes,
-        files=file_count + unreadable,
-        file_bytes=file_bytes,
+        files=len(sizes),
+        file_bytes=sum(sizes),
         unreadable=unreadable,
-        oldest=min(times, default=None),
-        newest=max(times, default=None),
+        oldest=min(times) * _NS if times else None,
+        newest=max(times) * _NS if times else None,
     )
 
 
@@ -111,16 +112,16 @@ def verify(packs: PackIndex, files: EntryFiles, secret: bytes | None, *, repair:
             if repair and damaged:
                 _repair_pack(packs, pack, damaged)
                 repaired += len(damaged)
-    for file in files.walk():
+    for key, at, file in _living_files(packs, files):
         with suppress(FileNotFoundError):
-            checked += 1
             try:
-                unseal(file.name, files.read_one(file.name), secret)
+                unseal(key, read_file(file.path), secret)
             except Refused as refused:
-                path = f"{ENTRIES}/{file.name[-2:]}/{file.name}"
-                findings.append(Finding(key=file.name, file=path, reason=refused.reason, damaged=refused.damaged))
+                where = f"{ENTRIES}/{key[-2:]}/{file.name}"
+                findings.append(Finding(key=key, file=where, reason=refused.reason, damaged=refused.damaged))
                 if repair and refused.damaged:
-                    repaired += files.remove(file.name)
+                    repaired += files.remove(key, at)
+            checked += 1
     return VerifyReport(entries=checked, findings=tuple(findings), repaired=repaired)
 
 
@@ -151,53 +152,57 @@ def _repair_pack(packs: PackIndex, pack: Pack, damaged: list[int]) -> None:
 
 
 def prune(packs: PackIndex, files: EntryFiles, most_bytes: int | None) -> PruneReport:
-    """Delete what was used longest ago until no more than this is left."""
+    """Delete what has been replaced, and what was used longest ago until no more than this is left."""
     packs.refresh(now=True)
-    now = time.time()
     by_name = {pack.name: pack for pack in packs.packs}
-    candidates: list[tuple[float, int, os.DirEntry[str]]] = []
-    for file in [*scan(packs.folder), *files.walk()]:
-        if file.name not in by_name and file.name not in packs.damaged and file.path != files.path(file.name):
-            continue
-        found = file.stat(follow_symlinks=False)
-        used_at = found.st_mtime
-        if used_at > now:
-            touch(file.path)  # from a clock that is ahead: it would never grow old
-            used_at = now
-        candidates.append((used_at, found.st_size, file))
-    left = sum(length for _, length, _ in candidates)
-    doomed: list[tuple[int, os.DirEntry[str]]] = []
-    for _, length, file in sorted(candidates, key=lambda each: each[:2]):
-        if most_bytes is None or left <= most_bytes:
-            break
-        doomed.append((length, file))
-        left -= length
-    going = [by_name[file.name] for _, file in doomed if file.name in by_name]
+    candidates = [_Candidate(file) for file in scan(packs.folder) if file.name.endswith(SUFFIX)]
+    living = {file.name for _, _, file in _living_files(packs, files)}
+    for key, at, file in files.walk():
+        candidates.append(_Candidate(file, entry=(key, at), replaced=file.name not in living))
+    left = sum(each.size for each in candidates)
+    doomed: list[_Candidate] = []
+    for each in sorted(candidates, key=lambda each: (not each.replaced, each.used_at)):
+        if each.replaced or (most_bytes is not None and left > most_bytes):
+            doomed.append(each)
+            left -= each.size
+    going = [by_name[each.file.name] for each in doomed if each.file.name in by_name]
     count = sum(1 for pack in going for place in packs.living(pack) if pack.lengths[place])
     _bury(packs, going)
     packs.delete(going)
-    for _, file in doomed:
-        if file.name in packs.damaged:
-            packs.delete_damaged(file.name)
-        elif file.name not in by_name:
-            count += files.remove(file.name)
-    return PruneReport(
-        entries=count, files=len(doomed), file_bytes=sum(length for length, _ in doomed), bytes_left=left
-    )
+    for each in doomed:
+        if each.entry is not None:
+            count += files.remove(*each.entry) and not each.replaced
+        elif each.file.name not in by_name:
+            packs.delete_damaged(each.file.name)
+    return PruneReport(entries=count, files=len(doomed), file_bytes=sum(each.size for each in doomed), bytes_left=left)
 
 
-def _bury(packs: PackIndex, going: Iterable[Pack]) -> None:
+class _Candidate:
+    """A file that may go."""
+
+    def __init__(self, file: os.DirEntry[str], *, entry: tuple[str, int] | None = None, replaced: bool = False) -> None:
+        found = file.stat(follow_symlinks=False)
+        now = time.time()
+        if found.st_mtime > now:
+            touch(file.path)  # from a clock that is ahead: it would never grow old
+        self.file = file
+        self.entry = entry
+        self.replaced = replaced
+        self.size = found.st_size
+        self.used_at = min(found.st_mtime, now)
+
+
+def _bury(packs: PackIndex, going: list[Pack]) -> None:
     """Keep earlier entries of other packs from coming back when those that replaced them go."""
-    going = list(going)
     earlier = packs.shadowed_outside(going) if going else set()
-    buried: dict[str, tuple[()]] = {}
+    buried: set[str] = set()
     for pack in going:
         with suppress(FileNotFoundError, DamagedPackError):
             places = [place for place in packs.living(pack) if pack.fingerprints[place] in earlier]
             keys = packs.keys(pack) if places else []
-            buried |= {keys[place]: () for place in places}
+            buried.update(keys[place] for place in places)
     if buried:
-        packs.add(buried, array("I", [0]) * len(buried))
+        packs.bury(buried)
 
 
 def clear(root: Root, packs: PackIndex, files: EntryFiles) -> PruneReport:
@@ -209,6 +214,6 @@ def clear(root: Root, packs: PackIndex, files: EntryFiles) -> PruneReport:
         for name in (PACKS, ENTRIES):
             with suppress(FileNotFoundError):
                 os.rename(root.inside(name), os.path.join(trash, name))
-        shutil.rmtree(trash)
+        root.delete_trash(trash)
         root.sweep()
     return PruneReport(entries=before.entries, files=before.files, file_bytes=before.file_bytes, bytes_left=0)

@@ -31,6 +31,7 @@ ORPHANED_S = 3600.0
 TOUCHED_EVERY_S = 3600.0
 """Reading marks a file as used (by its mtime) no more often than this."""
 
+_ATTEMPTS = 10
 _MARKER_TEXT = b"The cache of a hypernodes pipeline. All of it may be deleted; results are then computed anew.\n"
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
@@ -126,30 +127,44 @@ class Root:
         """Give a temporary file its name, in place of what had it; on failure nothing is left of the former."""
         target = self.inside(*names)
         try:
-            try:
-                os.replace(temporary, target)
-            except FileNotFoundError:  # no such folder yet; or the cache was cleared just now
+            for attempt in range(_ATTEMPTS):
+                try:
+                    return os.replace(temporary, target)
+                except FileNotFoundError:  # no such folder yet; or the cache has been cleared just now, and again
+                    if attempt == _ATTEMPTS - 1 or not os.path.exists(temporary):
+                        raise
                 self.prepare()
-                make_directories(os.path.dirname(target))
-                os.replace(temporary, target)
+                with contextlib.suppress(FileNotFoundError):
+                    make_directories(os.path.dirname(target))
         except BaseException:
             remove(temporary)
             raise
 
     def sweep(self) -> None:
         """Delete what killed processes left: temporary files, and what was being cleared."""
-        now = time.time()
         for file in scan(self.inside(INCOMING)):
-            age = now - file.stat(follow_symlinks=False).st_mtime
-            if age > ORPHANED_S:
+            if _is_orphan(file):
                 remove(file.path)
-            elif age < -ORPHANED_S:
-                touch(file.path)  # from a clock that was ahead: let it age from now on
         for file in scan(self.path):
-            if file.name.startswith(TRASH) and file.is_dir(follow_symlinks=False):
-                from shutil import rmtree
+            if file.name.startswith(TRASH) and _is_orphan(file):
+                self.delete_trash(file.path)
 
-                rmtree(file.path, ignore_errors=True)  # its own process may be at it as well
+    def delete_trash(self, path: str) -> None:
+        """Delete a folder that was taken out of sight, in which a late writer may still create something."""
+        from shutil import rmtree
+
+        for _ in range(_ATTEMPTS):
+            rmtree(path, ignore_errors=True)
+            if not os.path.lexists(path):
+                return
+        rmtree(path)
+
+
+def _is_orphan(file: os.DirEntry[str]) -> bool:
+    age = time.time() - file.stat(follow_symlinks=False).st_mtime
+    if age < -ORPHANED_S:
+        touch(file.path)  # from a clock that was ahead: let it age from now on
+    return age > ORPHANED_S
 
 
 class _Descriptor:
