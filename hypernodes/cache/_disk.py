@@ -100,11 +100,14 @@ class DiskCache:
         missing: Sequence[str] = keys
         since = float("-inf")
         for _ in range(_ATTEMPTS):
-            missing = self._packs.read(missing, found)
-            if missing:  # returns those that were there a moment ago: deleted, or replaced
-                missing = self._files.read(missing, found, max(since, self._packs.changed))
-            if not missing:
+            absent = self._packs.read(missing, found)
+            if not absent:
                 break
+            gone = self._files.read(absent, found, max(since, self._packs.changed))
+            if not gone and self._files.lost < self._packs.looked:
+                break
+            # What has gone may have been replaced, by a file or in a pack that were not there a moment ago.
+            missing = [key for key in absent if key not in found]
             since = time.monotonic()
             self._packs.refresh(now=True)
         return found
@@ -114,7 +117,12 @@ class DiskCache:
         if not self._is_there():
             return set()
         found, absent = self._packs.find(keys)
-        return found.union(self._files.find(absent, self._packs.changed)) if absent else found
+        if absent:
+            found.update(self._files.find(absent, self._packs.changed))
+            if self._files.lost >= self._packs.looked:
+                self._packs.refresh(now=True)
+                found |= self._packs.find(absent)[0]
+        return found
 
     def write(self, entries: Mapping[str, Entry]) -> None:
         """Keep each value (a buffer of bytes, or several) under its key, in place of an earlier one; blocks.

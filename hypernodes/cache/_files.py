@@ -36,6 +36,10 @@ class _Listing:
     looked: float
 
 
+def _unseen() -> _Listing:
+    return _Listing({}, mtime_ns=-1, changed=0.0, listed=0.0, looked=float("-inf"))
+
+
 class EntryFiles:
     """The files of large entries.
 
@@ -49,6 +53,8 @@ class EntryFiles:
     def __init__(self, root: Root) -> None:
         self._root = root
         self._listings: dict[str, _Listing] = {}
+        self.lost = float("-inf")
+        """When files were last found to have been deleted by another process, in monotonic seconds."""
 
     def find(self, keys: Iterable[str], since: float) -> dict[str, int]:
         """Return the keys that have a file, with its time, by listings made after ``since`` (monotonic seconds)."""
@@ -79,8 +85,7 @@ class EntryFiles:
         temporary = self._root.write(buffers)
         self._root.put_in_place(temporary, ENTRIES, key[-2:], f"{key}-{stored_at:016x}")
         for name, folder in ((key[-2:], ""), (key, key[-2:])):
-            if folder in self._listings:
-                self._listings[folder].times[name] = stored_at
+            self._listings.setdefault(folder, _unseen()).times[name] = stored_at
         if earlier is not None:
             remove(self.path(key, earlier))
         return stored_at
@@ -125,6 +130,8 @@ class EntryFiles:
             times = {key or name: int(name, 16) for key, _, name in names if _is_hex(name)}
         except FileNotFoundError:
             mtime_ns, changed, times = -1, now, {}
+        if known is not None and not known.times.keys() <= times.keys():
+            self.lost = time.monotonic()
         self._listings[folder] = _Listing(times, mtime_ns, changed, listed=now, looked=now)
         return times
 

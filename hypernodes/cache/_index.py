@@ -55,7 +55,8 @@ class PackIndex:
         self._packs: dict[int, Pack] = {}
         self._numbers: dict[str, int] = {}
         self._next = 0
-        self._looked = float("-inf")
+        self.looked = float("-inf")
+        """When the folder was last looked at, in monotonic seconds."""
         self._lock = threading.Lock()
         self._merging = threading.Lock()
         self.changed = float("-inf")
@@ -67,29 +68,45 @@ class PackIndex:
 
     def refresh(self, *, now: bool = False) -> None:
         """Take note of packs that other processes have added or deleted, unless that was done just now."""
-        if not now and time.monotonic() - self._looked < LOOK_AGAIN_S:
+        if not now and time.monotonic() - self.looked < LOOK_AGAIN_S:
             return
         with self._lock:
-            try:
-                names = {name for name in os.listdir(self.folder) if name.endswith(SUFFIX)}
-            except FileNotFoundError:
-                names = set()
-            self._looked = time.monotonic()
-            # First what is new: a merged pack takes over before those that it is made of are forgotten.
-            new = sorted(names - self._numbers.keys() - self.damaged.keys())
-            for name in new:
-                try:
-                    self._adopt(load(self.folder, name))
-                except FileNotFoundError:
-                    continue
-                except DamagedPackError as error:
-                    self.damaged[name] = str(error)
+            before = set(self._numbers) if self.looked > 0 else None
+            self.looked = time.monotonic()
+            names, changed = self._load_new(before)
             gone = self._numbers.keys() - names
             for name in gone:
                 self._forget(name)
-            if new or gone:
-                self.changed = time.monotonic()
             self.damaged = {name: reason for name, reason in self.damaged.items() if name in names}
+            if changed or gone:
+                self.changed = time.monotonic()
+
+    def _load_new(self, before: set[str] | None) -> tuple[set[str], bool]:
+        """Load what is not known yet; return the packs there are, and whether there were any to load.
+
+        What is gone has perhaps been merged, into a pack that a listing made at that moment need not show. So it lists
+        until nothing more has gone; only then may anything be forgotten, which a merged pack has taken over by now.
+        """
+        names: set[str] = set()
+        changed = False
+        for _ in range(_ATTEMPTS):
+            try:
+                names = {name for name in os.listdir(self.folder) if name.endswith(SUFFIX)}
+            except FileNotFoundError:
+                return set(), changed
+            vanished = False
+            for name in sorted(names - self._numbers.keys() - self.damaged.keys()):
+                changed = True
+                try:
+                    self._adopt(load(self.folder, name))
+                except FileNotFoundError:
+                    vanished = True
+                except DamagedPackError as error:
+                    self.damaged[name] = str(error)
+            if before is not None and before <= names and not vanished:
+                break
+            before = names
+        return names, changed
 
     def find(self, keys: Iterable[str]) -> tuple[set[str], list[str]]:
         """Return the keys that packs hold, and the others."""
