@@ -49,12 +49,9 @@ def fingerprint(func: Callable[..., Any]) -> Fingerprint:
     walk = Walk()
     entry = walk.enter(func)
     parts, opaque = walk.finish()
-    digest = hashlib.sha256(ALGORITHM)
-    for name in (entry, *sorted(parts)):
-        encoded = name.encode("utf-8", "surrogatepass")
-        digest.update(b"%d:%b" % (len(encoded), encoded))
-        digest.update(parts.get(name, b""))
-    return Fingerprint(digest.digest(), MappingProxyType(parts), opaque)
+    named = [(name.encode("utf-8", "surrogatepass"), parts.get(name, b"")) for name in (entry, *sorted(parts))]
+    written = b"".join([b"%d:%b%d:%b" % (len(name), name, len(digest), digest) for name, digest in named])
+    return Fingerprint(hashlib.sha256(ALGORITHM + written).digest(), MappingProxyType(parts), opaque)
 
 
 _open = threading.local()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import types
+from collections import namedtuple
 from collections.abc import Collection, Iterator, MutableMapping, MutableSequence, MutableSet
 from types import FunctionType
 from typing import Any
@@ -16,7 +17,8 @@ MUTABLE = (MutableSequence, MutableMapping, MutableSet)
 """What a method such as `append` or `update` changes; elsewhere, such as on a tensor, it may change nothing."""
 
 _MAKING = frozenset({"__init__", "__new__", "__post_init__", "__setstate__", "__init_subclass__", "__set_name__"})
-_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType, type(namedtuple("_One", "field").__dict__["field"]))
+_FIELD_MARKS = frozenset({"__dataclass_fields__", "__attrs_attrs__", "_field_defaults"})
 _FIELD_OPTIONS = ("default", "default_factory", "init", "repr", "hash", "compare", "kw_only")
 _DATACLASS_OPTIONS = ("init", "repr", "eq", "order", "unsafe_hash", "frozen")
 
@@ -48,14 +50,10 @@ def is_own(func: Any, cls: type) -> bool:
 
 def is_generated(func: Any, cls: type) -> bool:
     """Say whether a function was written by a class decorator from the fields of the class."""
-    own = cls.__dict__
-    by_fields = "__dataclass_fields__" in own or "__attrs_attrs__" in own or "_field_defaults" in own
-    return (
-        by_fields
-        and isinstance(func, FunctionType)
-        and func.__name__.startswith("__")
-        and func.__code__.co_filename.startswith(("<string>", "<attrs generated"))
-    )
+    if not isinstance(func, FunctionType) or _FIELD_MARKS.isdisjoint(cls.__dict__):
+        return False
+    code = getattr(func, "__wrapped__", func).__code__
+    return func.__name__.startswith("__") and code.co_filename.startswith(("<string>", "<attrs generated"))
 
 
 def data_of(cls: type) -> Iterator[tuple[str, Any]]:
@@ -104,7 +102,7 @@ def written_on_self(cls: type, mentioned: Collection[str], instance: Any = None)
     in place.
     """
     written = set()
-    for owner in cls.__mro__:
+    for owner in cls.__mro__[:-1]:
         for name, member in owner.__dict__.items():
             called = name in mentioned or (name.startswith("__") and name.endswith("__") and name not in _MAKING)
             for func in functions_of(member) if called and not isinstance(member, staticmethod) else ():

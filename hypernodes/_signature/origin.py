@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
-import sysconfig
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 Parts: TypeAlias = Mapping[str, bytes]
 
 _NOTHING: Parts = MappingProxyType({})
-_STANDARD_LIBRARY = tuple(
-    os.path.join(os.path.realpath(path), "")
-    for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
-)
+_STANDARD_LIBRARY = os.path.join(os.path.dirname(os.path.realpath(os.__file__)), "")
 _INSTALLED = ("site-packages", "dist-packages")
 _VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -36,6 +34,8 @@ def foreign_parts(module: str) -> Parts | None:
         return _named(f"package 'hypernodes' {sys.modules['hypernodes'].__version__}")
     if module in ("builtins", ""):
         return _NOTHING
+    if module in ("__main__", "__mp_main__"):  # whatever file started the process, such as that of a test runner
+        return None
     loaded = sys.modules.get(module)
     if loaded is not None:
         return _parts_of(top, getattr(loaded, "__file__", None) or _folder(loaded))
@@ -75,20 +75,30 @@ def _named(*names: str) -> Parts:
 
 def _distributions(top: str) -> list[tuple[str, str]]:
     """Return the names and versions of the distributions that a top-level module comes from."""
+    from importlib import metadata  # it takes longer than most fingerprints, and few need it
+
     try:
-        # Most are named as their module is; reading the metadata of all of them takes a thousand times longer.
-        likely = importlib.metadata.distribution(top)
-        if any(file.parts[0].partition(".")[0] == top for file in likely.files or []):
-            return [(likely.metadata["Name"], likely.version)]
-    except importlib.metadata.PackageNotFoundError:
+        # Most are named as their module is; to read what all of them provide takes a hundred times longer.
+        likely = metadata.distribution(top)
+        if f"\n{top}/" in "\n" + (likely.read_text("RECORD") or ""):
+            return [_name_and_version(likely)]
+    except metadata.PackageNotFoundError:
         pass
-    names = sorted(set(_providers().get(top, [])))
-    return [(name, importlib.metadata.version(name)) for name in names]
+    return [_name_and_version(metadata.distribution(name)) for name in sorted(set(_providers().get(top, [])))]
+
+
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    """Return what the first lines of its metadata say; the parser of the standard library reads all of them."""
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    fields = dict(line.split(": ", 1) for line in text.split("\n\n", 1)[0].splitlines() if ": " in line)
+    return fields.get("Name", "?"), fields.get("Version", "?")
 
 
 @functools.cache
 def _providers() -> Mapping[str, list[str]]:
-    return importlib.metadata.packages_distributions()
+    from importlib import metadata
+
+    return metadata.packages_distributions()
 
 
 def module_name(names: Mapping[str, object]) -> str:

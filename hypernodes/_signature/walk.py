@@ -6,6 +6,7 @@ import builtins
 import functools
 import hashlib
 import importlib.util
+import logging
 import operator
 import sys
 import types
@@ -47,6 +48,8 @@ _BUILTINS = (
 _UNCHANGING = (*SCALARS, tuple, frozenset, range)
 _MAPPINGS = (dict, MappingProxyType)
 _CONTAINERS = (*_MAPPINGS, list, tuple, set, frozenset)
+_LOGGERS = (logging.Logger, logging.LoggerAdapter, logging.Handler)
+"""What these hold says how results are told of, not what they are."""
 _CODE = "hypernodes: code"
 """Marks what stands in the place of code in a value."""
 
@@ -80,6 +83,7 @@ class Walk:
         self._state: set[tuple[object, ...]] = set()  # variables that the code assigns to
         self._changed: set[int] = set()  # objects whose content it changes, by address
         self._stored: defaultdict[int, set[str]] = defaultdict(set)  # attributes that it sets, by object
+        self._on_self: dict[tuple[int, ...], set[str]] = {}
         self._opaque: set[str] = set()
 
     def enter(self, func: Any) -> str:
@@ -100,10 +104,11 @@ class Walk:
             done = len(self._captured)
             for each in self._captured[:]:
                 self._weigh(each)
-        pieces = {name: list(found) for name, found in self._pieces.items()}
+        pieces = {name: found[:] for name, found in self._pieces.items()}
         for each in self._captured:
             if not self._is_state(each):
-                pieces.setdefault(each.part, []).append(_joined(each.label.encode(), each.digest))
+                digest = _joined(each.label.encode(), each.digest) if each.label else each.digest
+                pieces.setdefault(each.part, []).append(digest)
         return {name: _joined(*found) for name, found in pieces.items()}, tuple(sorted(self._opaque))
 
     # ---- code that is referred to
@@ -169,8 +174,9 @@ class Walk:
         for name, value in _defaults(func):
             if not self._is_changed_parameter(func, name, value):
                 self._capture(f"default of {name!r} of {owner}", value)
-        if "__wrapped__" in func.__dict__:
-            self._bind(f"wrapped by {owner}", (id(func), "__wrapped__"), func.__dict__["__wrapped__"])
+        wrapped = func.__dict__.get("__wrapped__")
+        if wrapped is not None and all(wrapped is not _content(each) for each in func.__closure__ or ()):
+            self._bind(f"wrapped by {owner}", (id(func), "__wrapped__"), wrapped)
 
     def _wrapper(self, wrapper: Any, module: str, kind: str) -> str:
         """Somebody else's decorator: its version, how it was applied, and what is inside."""
@@ -420,7 +426,7 @@ class Walk:
         if captured.variable in self._state or id(captured.value) in self._changed:
             return True
         owner = captured.owner
-        return owner is not None and captured.label in written_on_self(owner, self._attributes)
+        return owner is not None and captured.label in self._written_on_self(owner)
 
     def _weigh(self, captured: _Captured) -> None:
         """Take the digest of a captured value, unless it is state or was taken already."""
@@ -437,10 +443,20 @@ class Walk:
         kind = type(value)
         if kind in _CONTAINERS or foreign_parts(kind.__module__) is not None:
             return frozenset(self._stored.get(id(value), ()))
-        return frozenset(self._stored.get(id(value), set()) | written_on_self(kind, self._attributes, value))
+        return frozenset(self._stored.get(id(value), set()) | self._written_on_self(kind, value))
+
+    def _written_on_self(self, cls: type, instance: Any = None) -> set[str]:
+        """Return what methods write, among those that are mentioned so far."""
+        key = id(cls), id(instance), len(self._attributes)
+        known = self._on_self.get(key)
+        if known is None:
+            known = self._on_self[key] = written_on_self(cls, self._attributes, instance)
+        return known
 
     def _digest(self, value: Any, name: str, without: frozenset[str]) -> bytes:
         classes: set[type] = set()
+        if isinstance(value, _LOGGERS):
+            return hash_value(self._by_class(value, name, ()))
         try:
             # What holds state that the code changes counts by its other attributes.
             plain = self._attributes_of(value, name, without) if without else self._plain(value)
@@ -482,16 +498,17 @@ class Walk:
 
     def _by_class(self, value: Any, opaque: str, within: tuple[int, ...]) -> Any:
         classes: set[type] = set()
+        kind = type(value)
         try:
-            return _CODE, hash_value(value, classes=classes)
+            if not isinstance(value, _LOGGERS):
+                return _CODE, hash_value(value, classes=classes)
         except UncacheableError:
-            kind = type(value)
             if foreign_parts(kind.__module__) is None and hasattr(value, "__dict__") and id(value) not in within:
                 return self._attributes_of(value, opaque, self._written_attributes(value), (*within, id(value)))
-            self._opaque.add(f"{opaque}: {kind.__module__}.{kind.__qualname__}")
-            return _CODE, self._class(kind)
         finally:
             self._follow_classes(classes)
+        self._opaque.add(f"{opaque}: {kind.__module__}.{kind.__qualname__}")
+        return _CODE, self._class(kind)
 
     def _attributes_of(self, value: Any, name: str, without: frozenset[str], within: tuple[int, ...] = ()) -> Any:
         """Return the class of an object and its public attributes, but for some."""
@@ -548,11 +565,10 @@ class Walk:
 
 
 def _joined(*pieces: bytes) -> bytes:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(b"%d:" % len(piece))
-        digest.update(piece)
-    return digest.digest()
+    """Return the digest of pieces in their order; one that is a digest is its own."""
+    if len(pieces) == 1 and len(pieces[0]) == 32:
+        return pieces[0]
+    return hashlib.sha256(b"".join([b"%d:%b" % (len(piece), piece) for piece in pieces])).digest()
 
 
 def _module_of(cls: type) -> str:

@@ -1,0 +1,2 @@
+def late(text):
+    return text + "late"

@@ -1,0 +1,3 @@
+"""A package."""
+
+from pkg.sub import trim

@@ -1,0 +1,2 @@
+DEPTH = 30
+WIDTH = 31

@@ -1,0 +1,5 @@
+from . import numbers
+
+
+def trim(text):
+    return text[: numbers.WIDTH]
