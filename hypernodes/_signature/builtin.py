@@ -19,6 +19,7 @@ from hypernodes._signature.stream import (
     Encoded,
     block,
     bulk,
+    fields,
     head,
     identity,
     raw,
@@ -150,11 +151,6 @@ def _exception(value: BaseException) -> Composite:
     return Composite(b"p", (value.args,), ("args",), ".{}")
 
 
-def _parts(*fields: str) -> Callable[[Any], Composite]:
-    """Return a handler that writes these attributes."""
-    return lambda value: Composite(b"a", [getattr(value, field) for field in fields], fields, ".{}")
-
-
 def _reduced(value: Any) -> Composite:
     return Composite(b"r", value.__reduce__()[:2])
 
@@ -164,7 +160,7 @@ _PLAIN: dict[type, Callable[[Any], Encoded]] = {
     memoryview: _memoryview,
     array: lambda value: block(text(value.typecode) + head(b"n", value.itemsize), _memoryview(memoryview(value))),
     range: lambda value: whole(value.start) + whole(value.stop) + whole(value.step),
-    slice: _parts("start", "stop", "step"),
+    slice: fields("start", "stop", "step"),
     deque: _deque,
     defaultdict: lambda value: Composite(b"v", (dict(value), value.default_factory), ("", ".default_factory"), "{}"),
     OrderedDict: _ordered,
@@ -178,13 +174,13 @@ _PLAIN: dict[type, Callable[[Any], Encoded]] = {
     datetime.timedelta: lambda value: _span(value.days, value.seconds, value.microseconds),
     datetime.tzinfo: _tzinfo,
     BaseException: _exception,
-    re.Pattern: _parts("pattern", "flags"),
+    re.Pattern: fields("pattern", "flags"),
     operator.itemgetter: _reduced,
     operator.attrgetter: _reduced,
     operator.methodcaller: _reduced,
-    types.GenericAlias: _parts("__origin__", "__args__"),
+    types.GenericAlias: fields("__origin__", "__args__"),
     types.UnionType: lambda value: Composite(head(b"x", len(value.__args__)), value.__args__, unordered=True),
-    functools._lru_cache_wrapper: _parts("__wrapped__"),
+    functools._lru_cache_wrapper: fields("__wrapped__"),
 }
 
 CODE = (

@@ -7,7 +7,7 @@ instances are plain objects. What keeps its content in C, is used up by reading,
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from itertools import islice
 from types import MemberDescriptorType
@@ -128,6 +128,8 @@ def _known(cls: type) -> tuple[type | None, Handler | None]:
         return Enum, _enum
     if issubclass(cls, CODE):
         return cls, hash_of_code
+    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
+        return tuple, _named_tuple(cls._fields)
     if issubclass(cls, tuple) and hasattr(cls, "n_sequence_fields"):  # such as os.stat_result, which hides some fields
         return cls, lambda value: Composite(b"q", value.__reduce__()[1])
     for base in cls.__mro__:
@@ -137,6 +139,11 @@ def _known(cls: type) -> tuple[type | None, Handler | None]:
         if base in EXACT:
             return base, _exactly(base)
     return None, None
+
+
+def _named_tuple(fields: Sequence[str]) -> Handler:
+    header = head(b"n", len(fields)) + names(fields)
+    return lambda value: Composite(header, tuple.__iter__(value), fields, ".{}")
 
 
 def _exactly(base: type) -> Handler:
@@ -171,6 +178,7 @@ _USED_UP = {
     "__await__": "can be awaited once",
 }
 _POINTER = tuple.__itemsize__
+_MANAGED_DICT = 1 << 4  # of CPython's type flags: the dict has no place in the instance's own size
 
 
 def _places(cls: type) -> int:
@@ -181,7 +189,8 @@ def _places(cls: type) -> int:
         if "__slots__" in vars(base)
         for each in vars(base).values()
     )
-    return slots + (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)
+    own_dict = cls.__dictoffset__ != 0 and not cls.__flags__ & _MANAGED_DICT
+    return slots + own_dict + (cls.__weakrefoffset__ > 0)
 
 
 def _slots(cls: type) -> tuple[str, ...]:

@@ -10,13 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hypernodes._signature.stream import Composite, Encoded, block, head, raw, text, whole
+from hypernodes._signature.stream import Composite, Encoded, block, fields, head, raw, text, whole
 from hypernodes.errors import UncacheableError
-
-
-def _fields(*read: str) -> Callable[[Any], Composite]:
-    """Return a handler that writes these attributes."""
-    return lambda value: Composite(head(b"a", len(read)), [getattr(value, name) for name in read], read, ".{}")
 
 
 def _as_text(value: Any) -> bytes:
@@ -40,6 +35,8 @@ def _alias(value: Any) -> Composite:
 
 # numpy
 
+_FIRST_FOREIGN = 256  # numbers of dtypes: numpy's own are lower
+
 
 def _dtype(value: Any) -> bytes:
     """By its kind, size, unit and byte order; a type that is not numpy's own, also by its name."""
@@ -49,7 +46,7 @@ def _dtype(value: Any) -> bytes:
     if value.subdtype is not None:
         base, shape = value.subdtype
         return head(b"w", len(shape)) + b"".join(map(whole, shape)) + _dtype(base)
-    return b"y" + text(value.str) + (b"" if value.isbuiltin == 1 else text(value.name))
+    return b"y" + text(value.str) + (text(value.name) if value.num >= _FIRST_FOREIGN else b"")
 
 
 def _ndarray(value: Any) -> Encoded:
@@ -148,37 +145,37 @@ KNOWN: dict[tuple[str, str], Callable[[Any], Encoded]] = {
     ("ipaddress", "_IPAddressBase"): _as_text,
     ("pathlib", "PurePath"): _as_text,
     ("random", "Random"): lambda value: Composite(b"a", value.getstate()),
-    ("typing", "ForwardRef"): _fields("__forward_arg__"),
-    ("typing", "TypeVar"): _fields("__name__"),
+    ("typing", "ForwardRef"): fields("__forward_arg__"),
+    ("typing", "TypeVar"): fields("__name__"),
     ("typing", "_BaseGenericAlias"): _alias,
-    ("typing", "_SpecialForm"): _fields("_name"),
+    ("typing", "_SpecialForm"): fields("_name"),
     ("uuid", "UUID"): lambda value: raw(value.bytes),
-    ("numpy", "BitGenerator"): _fields("state"),
-    ("numpy", "Generator"): _fields("bit_generator"),
+    ("numpy", "BitGenerator"): fields("state"),
+    ("numpy", "Generator"): fields("bit_generator"),
     ("numpy", "MaskedArray"): _masked,
     ("numpy", "RandomState"): lambda value: Composite(b"a", (value.get_state(legacy=False),), ("",), "{}"),
-    ("numpy", "SeedSequence"): _fields("state"),
-    ("numpy", "_ArrayFunctionDispatcher"): _fields("__module__", "__qualname__"),
+    ("numpy", "SeedSequence"): fields("state"),
+    ("numpy", "_ArrayFunctionDispatcher"): fields("__module__", "__qualname__"),
     ("numpy", "bytes_"): _ndarray,
     ("numpy", "dtype"): _dtype,
     ("numpy", "generic"): _ndarray,
     ("numpy", "memmap"): _ndarray,
     ("numpy", "ndarray"): _ndarray,
     ("numpy", "str_"): _ndarray,
-    ("numpy", "ufunc"): _fields("__name__"),
+    ("numpy", "ufunc"): fields("__name__"),
     ("pandas", "DataFrame"): _frame,
     ("pandas", "ExtensionArray"): _pandas_array,
     ("pandas", "Index"): _index,
-    ("pandas", "Interval"): _fields("left", "right", "closed"),
+    ("pandas", "Interval"): fields("left", "right", "closed"),
     ("pandas", "NAType"): lambda value: b"",
     ("pandas", "NaTType"): lambda value: b"",
-    ("pandas", "Period"): _fields("ordinal", "freqstr"),
+    ("pandas", "Period"): fields("ordinal", "freqstr"),
     ("pandas", "Series"): _series,
-    ("pandas", "Timedelta"): _fields("asm8"),
-    ("pandas", "Timestamp"): _fields("asm8", "tzinfo", "fold"),
+    ("pandas", "Timedelta"): fields("asm8"),
+    ("pandas", "Timestamp"): fields("asm8", "tzinfo", "fold"),
     ("polars", "DataFrame"): lambda value: Composite(head(b"a", value.width), value.get_columns()),
     ("polars", "Series"): _polars_series,
-    ("torch", "Module"): _fields("_parameters", "_buffers", "_modules"),
+    ("torch", "Module"): fields("_parameters", "_buffers", "_modules"),
     ("torch", "Tensor"): _tensor,
     ("torch", "device"): _as_text,
     ("torch", "dtype"): _as_text,

@@ -189,6 +189,11 @@ def sequence(tag: bytes, items: Sequence[Any]) -> Encoded:
     return Composite(head(tag, size), items)
 
 
+def fields(*read: str) -> Callable[[Any], Composite]:
+    """Return what writes these attributes of a value."""
+    return lambda value: Composite(head(b"a", len(read)), [getattr(value, name) for name in read], read, ".{}")
+
+
 def names(values: Iterable[str]) -> bytes:
     """Write short strings one after another, for headers."""
     return b"".join(map(text, values))
