@@ -6,14 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hypernodes import backend, errors, events
+    from hypernodes import backend, cache, errors, events
     from hypernodes._callbacks import CallbackContext, PipelineCallback
     from hypernodes._definition import NestedPipeline
+    from hypernodes._explain import Explanation, NodeExplanation, Reason
     from hypernodes._mapping import ItemFailure, ItemResult, MapResult
     from hypernodes._node import Input, Node, node
     from hypernodes._pipeline import Pipeline
     from hypernodes._plan import INHERIT
     from hypernodes._retry import RetryPolicy
+    from hypernodes.cache import DiskCache
     from hypernodes.errors import (
         AwaitedCancelledError,
         CacheError,
@@ -45,7 +47,9 @@ __all__ = [
     "CycleError",
     "DefinitionError",
     "DependencyError",
+    "DiskCache",
     "ExecutionError",
+    "Explanation",
     "HyperNodesError",
     "Input",
     "ItemFailure",
@@ -55,11 +59,13 @@ __all__ = [
     "MapTypeError",
     "NestedPipeline",
     "Node",
+    "NodeExplanation",
     "NodeTimeoutError",
     "OutputMismatchError",
     "Pipeline",
     "PipelineCallback",
     "PipelineRecursionError",
+    "Reason",
     "RemoteExecutionError",
     "RetryPolicy",
     "SerializationError",
@@ -68,6 +74,7 @@ __all__ = [
     "UncacheableError",
     "WorkerCrashedError",
     "backend",
+    "cache",
     "errors",
     "events",
     "node",
@@ -76,14 +83,18 @@ __all__ = [
 _HOMES = {
     "INHERIT": "_plan",
     "CallbackContext": "_callbacks",
+    "DiskCache": "cache",
+    "Explanation": "_explain",
     "Input": "_node",
     "ItemFailure": "_mapping",
     "ItemResult": "_mapping",
     "MapResult": "_mapping",
     "NestedPipeline": "_definition",
     "Node": "_node",
+    "NodeExplanation": "_explain",
     "Pipeline": "_pipeline",
     "PipelineCallback": "_callbacks",
+    "Reason": "_explain",
     "RetryPolicy": "_retry",
     "node": "_node",
 }
@@ -91,7 +102,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is first asked for: a command line's ``--help`` needs no event loop."""
-    if name in ("backend", "errors", "events"):
+    if name in ("backend", "cache", "errors", "events"):
         value: Any = import_module(f"hypernodes.{name}")
     elif name in _HOMES:
         value = getattr(import_module(f"hypernodes.{_HOMES[name]}"), name)

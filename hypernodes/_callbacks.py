@@ -89,6 +89,9 @@ class PipelineCallback:
     def on_node_end(self, node_id: str, outputs: Any, duration: float, ctx: CallbackContext) -> None:
         """A node has made its outputs, a mapping by name."""
 
+    def on_node_cached(self, node_id: str, signature: str, ctx: CallbackContext) -> None:
+        """A node was not run, as what it makes is in the cache; instead of its start and end."""
+
     def on_node_chunk(self, node_id: str, chunk: Any, ctx: CallbackContext) -> None:
         """A generator node has yielded a piece."""
 
@@ -112,6 +115,9 @@ class PipelineCallback:
     def on_map_item_end(self, item_index: int, duration: float, ctx: CallbackContext) -> None:
         """An item has made its outputs."""
 
+    def on_map_item_cached(self, item_index: int, signature: str, ctx: CallbackContext) -> None:
+        """Every node of an item came from the cache; instead of its start and end."""
+
     def on_map_end(self, total_duration: float, ctx: CallbackContext) -> None:
         """Every item is done."""
 
@@ -126,13 +132,15 @@ _HOOKS_OF: dict[type, tuple[str, ...]] = {
     ev.NodeFinished: ("on_node_end",),
     ev.NodeFailed: ("on_error",),
     ev.NodeChunk: ("on_node_chunk",),
+    ev.NodeCached: ("on_node_cached",),
     ev.MapStarted: ("on_map_start",),
     ev.MapFinished: ("on_map_end",),
     ev.ItemStarted: ("on_map_item_start",),
     ev.ItemFinished: ("on_map_item_end",),
+    ev.ItemCached: ("on_map_item_cached",),
 }
 HOOK_NAMES = tuple(name for names in _HOOKS_OF.values() for name in names)
-_IN_A_NODE = frozenset({ev.NodeStarted, ev.NodeFinished, ev.NodeFailed, ev.NodeChunk})
+_IN_A_NODE = frozenset({ev.NodeStarted, ev.NodeFinished, ev.NodeFailed, ev.NodeChunk, ev.NodeCached})
 _MOST_PLACES = 32
 _INDEX = re.compile(r"\[\d+\]")
 
@@ -154,10 +162,12 @@ _ARGUMENTS: dict[str, Callable[[Any, CallbackContext], Arguments]] = {
     "on_node_end": lambda event, ctx: (event.path[-1], event.outputs, event.duration, ctx),
     "on_error": lambda event, ctx: (event.path[-1], event.error, ctx),
     "on_node_chunk": lambda event, ctx: (event.path[-1], event.chunk, ctx),
+    "on_node_cached": lambda event, ctx: (event.path[-1], event.signature, ctx),
     "on_map_start": lambda event, ctx: (event.total_items, ctx),
     "on_map_end": lambda event, ctx: (event.duration, ctx),
     "on_map_item_start": lambda event, ctx: (event.index, ctx),
     "on_map_item_end": lambda event, ctx: (event.index, event.duration, ctx),
+    "on_map_item_cached": lambda event, ctx: (event.index, event.signature, ctx),
 }
 """What each hook is called with."""
 

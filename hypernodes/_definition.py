@@ -13,6 +13,7 @@ from hypernodes._mapping import MapMode, MapSpec, OnError
 from hypernodes._node import Input, Node, checked_seconds, function_name
 from hypernodes._options import (
     checked_backend,
+    checked_cache,
     checked_callbacks,
     checked_limits,
     checked_name,
@@ -88,6 +89,7 @@ class PipelineDefinition:
         *,
         name: str | None = None,
         backend: Backend | Inherit = INHERIT,
+        cache: Any = INHERIT,
         callbacks: Iterable[PipelineCallback] | Inherit = INHERIT,
         limits: Mapping[str, int | anyio.CapacityLimiter] | None = None,
         timeout: float | Inherit | None = INHERIT,
@@ -98,6 +100,7 @@ class PipelineDefinition:
         self._strict = strict_types
         settings = Settings(
             backend=backend if isinstance(backend, Inherit) else checked_backend(backend),
+            cache=checked_cache(cache),
             callbacks=callbacks if isinstance(callbacks, Inherit) else checked_callbacks(callbacks),
             timeout=timeout if isinstance(timeout, Inherit) else checked_seconds(timeout, name),
             limits=checked_limits(limits or {}),
@@ -145,6 +148,10 @@ class PipelineDefinition:
     def with_backend(self, backend: Backend) -> Self:
         """Return it running somewhere else."""
         return self._varied(self._plan.with_settings(backend=checked_backend(backend)))
+
+    def with_cache(self, cache: Any) -> Self:
+        """Return it with another cache: a DiskCache, an aiocache cache, a store of yours, or None for no caching."""
+        return self._varied(self._plan.with_settings(cache=checked_cache(cache)))
 
     def with_callbacks(self, callbacks: Iterable[PipelineCallback]) -> Self:
         """Return it with these callbacks in place of those it has; ``[]`` for none."""

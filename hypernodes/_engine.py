@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 
 from hypernodes import events as ev
+from hypernodes._cached import CachedMapRun, cached_step, load, look_up, values_for
 from hypernodes._calls import call_node, unpack
 from hypernodes._context import await_in_copy
 from hypernodes._cost import CHEAP_S
@@ -28,8 +29,9 @@ from hypernodes._mapping import MapSpec, Path, listed_rows
 from hypernodes._node import checked_count
 from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, BoundStep, Places, Program, bind
-from hypernodes._run import Job, MapWork, Mode, Place, Run, Scope, Sink
+from hypernodes._run import Job, MapWork, Mode, Origin, Place, Run, Scope, Sink
 from hypernodes._threads import DEFAULT_THREADS
+from hypernodes._trace import Trace
 from hypernodes.errors import DefinitionError, NodeTimeoutError
 
 _MODES = ("sequential", "async", "threaded", "parallel")
@@ -93,10 +95,8 @@ class PipelineExecutionEngine:
     async def arun(self, job: Job, run: Run, backend: Place) -> dict[str, Any]:
         """Run a job's plan once and return its outputs by name."""
         program = bind(job.plan, frozenset(job.inputs), job.wanted, self.places)
-        values = program.template.copy()
-        for name, slot in program.slots.items():
-            values[slot] = job.inputs[name]
-        scope = Scope(run, job.plan, job.path, self, backend, job.limits or {})
+        scope = Scope(run, job.plan, job.path, self, backend, job.limits or {}, run.tracer(job.cache))
+        values = await values_for(scope, program, job.inputs)
         await run.breathe()
         await _run_pipeline(scope, program, values, job.inputs)
         return program.outputs_of(values)
@@ -107,10 +107,8 @@ class PipelineExecutionEngine:
         assert job.feed is not None
         given = frozenset(job.inputs) | set(job.map.over)
         program = bind(job.plan, given, job.wanted, self.places.of_items())
-        template = program.template.copy()
-        for name, value in job.inputs.items():
-            template[program.slots[name]] = value
-        scope = Scope(run, job.plan, job.path, self, backend, job.limits or {})
+        scope = Scope(run, job.plan, job.path, self, backend, job.limits or {}, run.tracer(job.cache))
+        template = await values_for(scope, program, job.inputs)
         await run.breathe()
         await _run_map(MapWork(scope, program, job.inputs, job.map, job.feed, job.total, sink), template)
 
@@ -146,9 +144,10 @@ async def _run_map(work: MapWork, template: list[Any]) -> None:
     began = perf_counter()
     try:
         if engine.map_execution == "parallel":
-            await run.workers(scope.backend).map(work)
+            await run.workers(scope.backend).map(work, template)
         else:
-            await MapRun(work, template, item_runner(scope), limit=engine.items_at_once(work.spec)).run()
+            kind = CachedMapRun if scope.cache is not None else MapRun
+            await kind(work, template, item_runner(scope), limit=engine.items_at_once(work.spec)).run()
     except BaseException as error:
         if ev.PipelineFailed in emit.kinds:
             emit(ev.PipelineFailed(run.run_id, path, unix_time(), error))
@@ -207,6 +206,9 @@ async def run_steps(
     run = scope.run
     watched = scope.emit is not None
     in_order = program.linear or scope.engine.node_execution == "sequential"
+    if type(values) is Trace:
+        await _run_traced(scope, values, index, window, in_order=in_order)
+        return
     path: Path = ()
     before = perf_counter()
     for done, bound in enumerate(program.steps):
@@ -267,11 +269,30 @@ async def run_steps(
             before = perf_counter()
 
 
+async def _run_traced(scope: Scope, trace: Trace, index: int | None, window: MapRun | None, *, in_order: bool) -> None:
+    """Run the steps of a trace that are not in the cache."""
+    run, program = scope.run, trace.recipe.program
+    if None in trace.hits:
+        await look_up([trace])
+    if in_order or trace.complete:
+        for position in range(len(program.steps)):
+            if not trace.hits[position] and window is not None and window.hungry:
+                window.grow()
+            await cached_step(scope, trace, position, index, _run_step)
+            if perf_counter() > run.yield_at:
+                await run.breathe()
+    else:
+        await _side_by_side(scope, program, trace, index, window, 0)
+    if trace.eager:
+        await load(scope, trace, [slot for _, slot in program.outputs], index, _run_step)
+
+
 async def _side_by_side(
     scope: Scope, program: Program, values: list[Any], index: int | None, window: MapRun | None, done: int
 ) -> None:
     """Run the steps after the first ``done`` ones, every ready one at once."""
     run = scope.run
+    traced = type(values) is Trace
     frontier = Frontier(program, done)
     ready = frontier.ready
     starting = False
@@ -288,7 +309,10 @@ async def _side_by_side(
                     crew.start(work)
                 if window is not None and window.hungry:
                     window.grow()
-            await _run_step(scope, step, values, index)
+            if traced:
+                await cached_step(scope, values, position, index, _run_step)  # type: ignore[arg-type]
+            else:
+                await _run_step(scope, step, values, index)
             frontier.finish(position)
             if perf_counter() > run.yield_at:
                 await run.breathe()
@@ -368,12 +392,15 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
     path = (*scope.at(index), step.name)
     shared = {name: values[slot] for name, slot in step.shared}
     columns = feed = total = None
+    backend = program.plan.settings.backend
+    elsewhere = backend is not INHERIT and backend is not scope.backend
+    child = scope.inside(program.plan, path)
+    lazy = type(values) is Trace and child.cache is not None and not elsewhere
     if step.step.map is not None:
         rows = listed_rows(step.step.map, step.inputs(values), f"nested pipeline {step.name!r}")
         feed, total = ListFeed(rows), rows.count
-        columns = Columns(step.wanted, total)
-    backend = program.plan.settings.backend
-    if backend is not INHERIT and backend is not scope.backend:
+        columns = Columns(step.wanted, total, lazy=lazy)
+    if elsewhere:
         job = Job(
             plan=program.plan,
             inputs=shared,
@@ -384,6 +411,7 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
             feed=feed,
             total=total,
             limits=scope.limits,
+            cache=None if scope.cache is None else scope.cache.session.store,
             run=scope.run,
         )
         if columns is None:
@@ -393,15 +421,28 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
             await backend.amap(job, columns, scope.emit)
             results = columns.lists
     else:
-        child = scope.inside(program.plan, path)
-        inside = program.template.copy()
-        for name, value in shared.items():
-            inside[program.slots[name]] = value
+        inside = await values_for(child, program, shared, (values, step))
         if spec is None or feed is None or columns is None:
             await _run_pipeline(child, program, inside, shared)
             results = list(program.results(inside))
         else:
-            await _run_map(MapWork(child, program, shared, spec, feed, total, columns), inside)
+            origin = _origin(scope, step, values, index, total) if lazy else None
+            await _run_map(MapWork(child, program, shared, spec, feed, total, columns, origin), inside)
             results = columns.lists
+        if type(values) is Trace:
+            values.note(step, inside, columns)
     for target, result in zip(step.targets, results, strict=True):
         values[target] = result
+
+
+def _origin(scope: Scope, step: BoundPlan, values: list[Any], index: int | None, total: int | None) -> Origin:
+    """Return where a nested map's inputs come from, as far as a cache is concerned."""
+    assert isinstance(values, Trace)
+    assert step.step.map is not None
+
+    async def reload() -> tuple[Mapping[str, Any], list[tuple[Any, ...]]]:
+        await load(scope, values, [slot for _, slot in step.parameters], index, _run_step)
+        rows = listed_rows(step.step.map, step.inputs(values), f"nested pipeline {step.name!r}")  # type: ignore[arg-type]
+        return {name: values[slot] for name, slot in step.shared}, list(rows)
+
+    return Origin(values.rows_of_digests(step, total or 0), reload)

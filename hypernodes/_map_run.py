@@ -19,12 +19,15 @@ RunItem = Callable[[Scope, Program, list[Any], int, "MapRun"], Awaitable[None]]
 class Columns:
     """A sink that gathers a list for each output, in input order."""
 
-    __slots__ = ("_names", "failures", "lists")
+    __slots__ = ("_names", "digests", "failures", "lazy", "lists")
 
     bounded = False
 
-    def __init__(self, names: Sequence[str], count: int) -> None:
+    def __init__(self, names: Sequence[str], count: int, *, lazy: bool = False) -> None:
         self._names = names
+        self.lazy = lazy
+        self.digests: list[list[Any]] = [[None] * count for _ in names] if lazy else []
+        """Of items that have finished in a run with a cache."""
         self.lists: list[list[Any]] = [[None] * count for _ in names]
         self.failures: list[ItemFailure] = []
 
@@ -35,8 +38,11 @@ class Columns:
     async def room(self) -> None:
         """Return at once."""
 
-    def deliver(self, index: int, outputs: tuple[Any, ...]) -> None:
+    def deliver(self, index: int, outputs: tuple[Any, ...], digests: Sequence[Any] | None = None) -> None:
         """Store an item's outputs at its position."""
+        if digests is not None and self.lazy:
+            for known, digest in zip(self.digests, digests, strict=True):
+                known[index] = digest
         for column, value in zip(self.lists, outputs, strict=True):
             column[index] = value
 

@@ -7,7 +7,7 @@ import inspect
 import keyword
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 
@@ -20,6 +20,7 @@ R = TypeVar("R")
 RunIn = Literal["auto", "loop", "thread", "process"]
 Kind = Literal["sync", "async", "generator", "async_generator"]
 _RUN_IN = typing.get_args(RunIn)
+_OPTIONS = ("run_in", "max_concurrency", "limit", "timeout", "retry", "cache", "version", "depends_on")
 
 REQUIRED: Any = inspect.Parameter.empty
 _KIND_BY_FLAGS: dict[int, Kind] = {
@@ -63,6 +64,9 @@ class Node(Generic[P, R]):
         limit: str | None = None,
         timeout: float | None = None,
         retry: int | RetryPolicy | None = None,
+        cache: bool = True,
+        version: Any = None,
+        depends_on: Iterable[Any] = (),
     ) -> None:
         if isinstance(func, Node):
             func = func.func
@@ -85,6 +89,9 @@ class Node(Generic[P, R]):
             limit=_checked_limit(limit, name),
             timeout=checked_seconds(timeout, name),
             retry=RetryPolicy.of(retry, name),
+            cache=_checked_cache(cache, name),
+            version=version,
+            depends_on=_checked_depends_on(depends_on, name),
         )
         clash = signature.parameters.keys() & outputs
         if clash:
@@ -102,6 +109,9 @@ class Node(Generic[P, R]):
     limit: str | None
     timeout: float | None
     retry: RetryPolicy | None
+    cache: bool
+    version: Any
+    depends_on: tuple[Any, ...]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the plain function, as if it had never been decorated."""
@@ -120,7 +130,7 @@ class Node(Generic[P, R]):
         return Node(self.func.__get__(instance, owner), self.output_name, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("run_in", "max_concurrency", "limit", "timeout", "retry")}
+        return {key: getattr(self, key) for key in _OPTIONS}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.func, self.output_name, self._options())
@@ -182,6 +192,9 @@ def node(
     limit: str | None = ...,
     timeout: float | None = ...,
     retry: int | RetryPolicy | None = ...,
+    cache: bool = ...,
+    version: Any = ...,
+    depends_on: Iterable[Any] = ...,
 ) -> _Decorator: ...
 @overload
 def node(output_name: Callable[..., Any]) -> typing.NoReturn: ...
@@ -199,6 +212,10 @@ def node(output_name: Any, **options: Any) -> Any:  # noqa: D417 - the options a
         timeout: seconds that one attempt may take; then :class:`~hypernodes.NodeTimeoutError`. A function
             in a thread cannot be stopped by Python: it runs on, unheard; one in a process is killed.
         retry: attempts in all (an int), or a :class:`~hypernodes.RetryPolicy`.
+        cache: False for a function that must run each time, where the pipeline has a cache.
+        version: part of its signature in a cache, such as the version of a model that it calls.
+        depends_on: what else its result depends on: paths of files or folders (by what is in them), functions,
+            values.
 
     The function may be ``def``, ``async def``, a generator or an async generator (its output is the list
     of what it yields), a ``functools.partial``, a bound method or a callable object.
@@ -218,7 +235,7 @@ def node(output_name: Any, **options: Any) -> Any:  # noqa: D417 - the options a
         raise DefinitionError(
             f'@node needs the name of the output: write @node("name") above {function_name(output_name)!r}'
         )
-    unknown = set(options) - {"run_in", "max_concurrency", "limit", "timeout", "retry"}
+    unknown = set(options) - set(_OPTIONS)
     if unknown:
         raise TypeError(f"node() got an unexpected keyword argument {min(unknown)!r}")
     _output_names(output_name, None)
@@ -268,6 +285,20 @@ def _checked_limit(limit: str | None, name: str) -> str | None:
     if limit is None or (isinstance(limit, str) and limit):
         return limit
     raise DefinitionError(f"limit of {name!r} is the name of a shared bound, a str, not {limit!r}")
+
+
+def _checked_cache(cache: bool, name: str) -> bool:
+    if isinstance(cache, bool):
+        return cache
+    raise DefinitionError(
+        f"cache of node {name!r} is True or False, not {cache!r}: where to keep results is said by Pipeline(cache=...)"
+    )
+
+
+def _checked_depends_on(depends_on: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(depends_on, str | bytes) or not isinstance(depends_on, Iterable):
+        raise DefinitionError(f"depends_on of node {name!r} is a list: write [{depends_on!r}]")
+    return tuple(depends_on)
 
 
 def _output_names(output_name: Any, name: str | None) -> tuple[str, ...]:

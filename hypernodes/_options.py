@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import anyio
 
 from hypernodes._callbacks import HOOK_NAMES
 from hypernodes._node import REQUIRED, checked_count
-from hypernodes._plan import ExecutionPlan, describe, needed_outputs
+from hypernodes._plan import EVERYTHING, ExecutionPlan, Inherit, PlanStep, describe, needed_outputs
 from hypernodes.backend import Backend
 from hypernodes.errors import DefinitionError, DependencyError, did_you_mean, quoted
 
@@ -22,6 +22,15 @@ def checked_backend(backend: Any) -> Backend:
     if isinstance(backend, type) and issubclass(backend, Backend):
         raise DefinitionError(f"backend takes an instance: write {backend.__name__}()")
     raise DefinitionError(f"backend takes a Backend such as LocalBackend(), not {backend!r}")
+
+
+def checked_cache(cache: Any) -> Any:
+    """Return a store, None for no cache, or INHERIT."""
+    if cache is None or isinstance(cache, Inherit):
+        return cache
+    from hypernodes.cache._aiocache import as_store
+
+    return as_store(cache)
 
 
 def checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
@@ -75,6 +84,29 @@ def wanted_names(output_name: str | Sequence[str]) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names):
         raise DependencyError(f"output_name is the name of an output, or a list of names, not {output_name!r}")
     return tuple(dict.fromkeys(names))
+
+
+def refreshed_names(plan: ExecutionPlan, refresh: Any) -> frozenset[str]:
+    """Return the outputs that a call recomputes, at any depth.
+
+    Raises:
+        DependencyError: nothing makes one of them.
+    """
+    if isinstance(refresh, bool):
+        return frozenset([EVERYTHING]) if refresh else frozenset()
+    names = wanted_names(refresh)
+    known = set(_outputs_at_any_depth(plan))
+    for name in names:
+        if name not in known:
+            raise DependencyError(f"refresh: {plan.label} makes no output {name!r}{did_you_mean(name, known)}")
+    return frozenset(names)
+
+
+def _outputs_at_any_depth(plan: ExecutionPlan) -> Iterator[str]:
+    for step in plan.steps:
+        yield from step.outputs
+        if isinstance(step, PlanStep):
+            yield from _outputs_at_any_depth(step.plan)
 
 
 def check_call(plan: ExecutionPlan, given: Mapping[str, Any], wanted: tuple[str, ...] | None) -> None:

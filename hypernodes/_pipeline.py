@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from hypernodes import events as ev
 from hypernodes._bridge import Iteration, run_sync
@@ -17,13 +17,16 @@ from hypernodes._engine import DEFAULT_ITEMS
 from hypernodes._feed import Feed, ListFeed, stream_feed
 from hypernodes._map_run import Columns
 from hypernodes._mapping import ItemResult, MapMode, MapResult, MapSpec, OnError, listed_rows
-from hypernodes._options import check_call, merged_inputs, wanted_names
+from hypernodes._options import check_call, merged_inputs, refreshed_names, wanted_names
 from hypernodes._plan import IGNORED, INHERIT
 from hypernodes._run import Job
 from hypernodes._stream import EventStream, ItemStream
 from hypernodes._traceback import user_frames
 from hypernodes.backend import Backend, LocalBackend
 from hypernodes.errors import DependencyError, PipelineRecursionError, quoted
+
+if TYPE_CHECKING:
+    from hypernodes._explain import Explanation
 
 _DEFAULT_BACKEND = LocalBackend()
 _MOST_RECURSION = 50
@@ -37,6 +40,8 @@ class Pipeline(PipelineDefinition):
         nodes: nodes, pipelines, or pipelines adapted by :meth:`as_node`, in any order.
         name: how paths, events and errors call it.
         backend: where it runs; inherited when nested, else a :class:`~hypernodes.backend.LocalBackend`.
+        cache: where results are kept: a :class:`~hypernodes.DiskCache`, any aiocache cache, or a store of your own;
+            None for no caching. Inherited when nested.
         callbacks: watchers of its runs; ``[]`` silences those it would inherit.
         limits: bounds by name for nodes that say ``limit=name``: how many may run at once in one run (int),
             or an ``anyio.CapacityLimiter`` of yours that every run shares.
@@ -65,16 +70,29 @@ class Pipeline(PipelineDefinition):
     __slots__ = ()
 
     @overload
-    async def arun(self, inputs: Mapping[str, Any] | None = None, *, output_name: str, **kwargs: Any) -> Any: ...
+    async def arun(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        output_name: str,
+        refresh: bool | Sequence[str] = False,
+        **kwargs: Any,
+    ) -> Any: ...
     @overload
     async def arun(
-        self, inputs: Mapping[str, Any] | None = None, *, output_name: Sequence[str] | None = None, **kwargs: Any
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        output_name: Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
+        **kwargs: Any,
     ) -> dict[str, Any]: ...
     async def arun(
         self,
         inputs: Mapping[str, Any] | None = None,
         *,
         output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
         **kwargs: Any,
     ) -> Any:
         """Run once and return every output by name.
@@ -83,6 +101,7 @@ class Pipeline(PipelineDefinition):
             inputs: values by name.
             **kwargs: more of them, as keywords.
             output_name: run only what these outputs need; a str gives the bare value, a list a dict.
+            refresh: True, or names of outputs: compute them, and what depends on them, although a cache has them.
 
         Raises:
             DependencyError: an input is missing or unknown, or an output unknown, before anything runs.
@@ -91,26 +110,39 @@ class Pipeline(PipelineDefinition):
         Cancelling the awaiting task stops everything that the run has started.
         """
         with user_frames:
-            job = self._job(merged_inputs(inputs, kwargs), output_name)
+            job = self._job(merged_inputs(inputs, kwargs), output_name, refresh)
             outputs = await self._placed(job, self._emit(job))
             return outputs[output_name] if isinstance(output_name, str) else outputs
 
     @overload
-    def run(self, inputs: Mapping[str, Any] | None = None, *, output_name: str, **kwargs: Any) -> Any: ...
+    def run(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        output_name: str,
+        refresh: bool | Sequence[str] = False,
+        **kwargs: Any,
+    ) -> Any: ...
     @overload
     def run(
-        self, inputs: Mapping[str, Any] | None = None, *, output_name: Sequence[str] | None = None, **kwargs: Any
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        output_name: Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
+        **kwargs: Any,
     ) -> dict[str, Any]: ...
     def run(
         self,
         inputs: Mapping[str, Any] | None = None,
         *,
         output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
         **kwargs: Any,
     ) -> Any:
         """:meth:`arun` from sync code: a script, a notebook cell, a sync node, any thread."""
         with user_frames:
-            return run_sync(lambda: self.arun(inputs, output_name=output_name, **kwargs))
+            return run_sync(lambda: self.arun(inputs, output_name=output_name, refresh=refresh, **kwargs))
 
     async def amap(
         self,
@@ -122,6 +154,7 @@ class Pipeline(PipelineDefinition):
         on_error: OnError = "raise",
         max_failures: int | None = None,
         output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
     ) -> MapResult:
         """Run once for each item and return a list for each output, in input order.
 
@@ -134,6 +167,7 @@ class Pipeline(PipelineDefinition):
                 hold None, and ``.failures`` of the result lists them.
             max_failures: with ``"collect"``, stop with TooManyFailuresError at this many.
             output_name: make only these outputs.
+            refresh: as for :meth:`arun`.
 
         Raises:
             MapInputError: lists of unequal length, or values that cannot be mapped.
@@ -141,7 +175,7 @@ class Pipeline(PipelineDefinition):
         with user_frames:
             spec = self._map_spec(inputs, map_over, map_mode, max_concurrency, on_error, max_failures, output_name)
             rows = listed_rows(spec, inputs, self._plan.label)
-            job = self._job(inputs, output_name, spec, ListFeed(rows), rows.count)
+            job = self._job(inputs, output_name, refresh, spec, ListFeed(rows), rows.count)
             columns = Columns(self.outputs if job.wanted is None else job.wanted, rows.count)
             await self._placed(job, self._emit(job), columns)
             return columns.collected()
@@ -156,6 +190,7 @@ class Pipeline(PipelineDefinition):
         on_error: OnError = "raise",
         max_failures: int | None = None,
         output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
     ) -> MapResult:
         """:meth:`amap` from sync code."""
         with user_frames:
@@ -168,6 +203,7 @@ class Pipeline(PipelineDefinition):
                     on_error=on_error,
                     max_failures=max_failures,
                     output_name=output_name,
+                    refresh=refresh,
                 )
             )
 
@@ -182,6 +218,7 @@ class Pipeline(PipelineDefinition):
         on_error: OnError = "raise",
         max_failures: int | None = None,
         output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
     ) -> AbstractAsyncContextManager[AsyncIterator[ItemResult]]:
         """Run once for each item and hand results over as items finish.
 
@@ -201,10 +238,11 @@ class Pipeline(PipelineDefinition):
             on_error: ``"raise"``, or ``"collect"``: a failed item has ``error`` set and no outputs.
             max_failures: with ``"collect"``, stop with TooManyFailuresError at this many.
             output_name: make only these outputs.
+            refresh: as for :meth:`arun`.
         """
         spec = self._map_spec(inputs, map_over, map_mode, max_concurrency, on_error, max_failures, output_name)
         feed, total = stream_feed(spec, inputs, self._plan.label)
-        job = self._job(inputs, output_name, spec, feed, total)
+        job = self._job(inputs, output_name, refresh, spec, feed, total)
         window = max_concurrency or self._items_at_once()
         stream = ItemStream(self.outputs if job.wanted is None else job.wanted, window, ordered=ordered)
 
@@ -224,6 +262,7 @@ class Pipeline(PipelineDefinition):
         on_error: OnError = "raise",
         max_failures: int | None = None,
         output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
     ) -> AbstractContextManager[Iterator[ItemResult]]:
         """:meth:`astream` from sync code: ``with pipeline.stream(...) as items:``."""
         return Iteration(
@@ -236,6 +275,7 @@ class Pipeline(PipelineDefinition):
                 on_error=on_error,
                 max_failures=max_failures,
                 output_name=output_name,
+                refresh=refresh,
             ),
             "pipeline.stream(...) as items:",
         )
@@ -245,6 +285,7 @@ class Pipeline(PipelineDefinition):
         inputs: Mapping[str, Any] | None = None,
         *,
         output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
         **kwargs: Any,
     ) -> AbstractAsyncContextManager[AsyncIterator[ev.Event]]:
         """Run once and watch: ``async with pipeline.aevents(...) as events:`` iterates over typed events.
@@ -252,7 +293,7 @@ class Pipeline(PipelineDefinition):
         The last one is :class:`~hypernodes.events.RunFinished` with the answer that :meth:`arun` would have
         given; a failing run raises out of the iteration. Leaving the block cancels the run.
         """
-        job = self._job(merged_inputs(inputs, kwargs), output_name)
+        job = self._job(merged_inputs(inputs, kwargs), output_name, refresh)
         stream = EventStream()
 
         async def produce() -> None:
@@ -267,11 +308,48 @@ class Pipeline(PipelineDefinition):
         inputs: Mapping[str, Any] | None = None,
         *,
         output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
         **kwargs: Any,
     ) -> AbstractContextManager[Iterator[ev.Event]]:
         """:meth:`aevents` from sync code."""
         written = "pipeline.events(...) as events:"
-        return Iteration(lambda: self.aevents(inputs, output_name=output_name, **kwargs), written)
+        return Iteration(lambda: self.aevents(inputs, output_name=output_name, refresh=refresh, **kwargs), written)
+
+    async def explain(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        map_over: str | Sequence[str] | None = None,
+        *,
+        map_mode: MapMode = "zip",
+        output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
+        **kwargs: Any,
+    ) -> Explanation:
+        """Say what a run would do, before it does it: for each node and item a hit or a miss, and why.
+
+        Nothing is run and nothing stored; lists that are mapped over are loaded from the cache. What is said of each
+        node is data (:class:`~hypernodes.cache.NodeExplanation`); the whole prints as a table.
+
+        Args:
+            inputs: values by name, as for :meth:`arun`, or with ``map_over`` as for :meth:`amap`.
+            map_over: the inputs that take a list.
+            map_mode: how they combine.
+            output_name: explain only what these outputs need.
+            refresh: as for :meth:`arun`.
+            **kwargs: more inputs, as keywords.
+
+        Raises:
+            DependencyError: an input is missing or unknown, or an output unknown.
+        """
+        from hypernodes._explain import explain
+
+        with user_frames:
+            given = merged_inputs(inputs, kwargs)
+            if map_over is None:
+                return await explain(self._job(given, output_name, refresh))
+            spec = self._map_spec(given, map_over, map_mode, None, "raise", None, output_name)
+            rows = listed_rows(spec, given, self._plan.label)
+            return await explain(self._job(given, output_name, refresh, spec, ListFeed(rows), rows.count))
 
     # ---- from a call to a job
 
@@ -279,6 +357,7 @@ class Pipeline(PipelineDefinition):
         self,
         inputs: Mapping[str, Any],
         output_name: str | Sequence[str] | None,
+        refresh: bool | Sequence[str],
         spec: MapSpec | None = None,
         feed: Feed | None = None,
         total: int | None = None,
@@ -299,6 +378,7 @@ class Pipeline(PipelineDefinition):
             map=spec,
             feed=feed,
             total=total,
+            refresh=refreshed_names(plan, refresh),
         )
 
     def _map_spec(

@@ -40,11 +40,17 @@ IGNORED: Final = _Ignored()
 """The default of an input that no step needs since one was replaced: calls may give it, nothing reads it."""
 
 
+EVERYTHING: Final = "*"
+"""In place of the name of an output: all of them are to be recomputed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What a pipeline says of how its runs go; ``INHERIT`` where it says nothing."""
 
     backend: Any = INHERIT
+    cache: Any = INHERIT
+    """A store; None for no cache."""
     callbacks: Any = INHERIT
     timeout: Any = INHERIT
     limits: Mapping[str, Any] = field(default_factory=dict)
@@ -149,13 +155,24 @@ class ExecutionPlan:
     def __reduce__(self) -> tuple[Any, ...]:
         # What only the caller's process can use stays there: callbacks, the user's own limiters, derived data.
         limits = {name: value if isinstance(value, int) else 1 for name, value in self.settings.limits.items()}
-        settings = replace(self.settings, callbacks=INHERIT, limits=limits)
+        cache = self.settings.cache
+        if cache is not INHERIT and not getattr(cache, "travels", False):
+            cache = None
+        settings = replace(self.settings, cache=cache, callbacks=INHERIT, limits=limits)
         ignored = tuple(name for name, default in self.inputs.items() if default is IGNORED)
         return compile_plan, (self.name, self.steps, settings, self.constants, ignored)
 
     @property
     def required(self) -> list[str]:
         return [name for name, default in self.inputs.items() if default is REQUIRED]
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether it or a pipeline inside says where to cache."""
+        said = self.settings.cache
+        if said is not INHERIT and said is not None:
+            return True
+        return any(isinstance(step, PlanStep) and step.plan.has_cache for step in self.steps)
 
     @property
     def label(self) -> str:

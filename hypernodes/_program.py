@@ -69,6 +69,23 @@ class BoundCall:
             return _NONE
         return {name: values[slot] for name, slot in self.keywords}
 
+    @property
+    def all_slots(self) -> list[int]:
+        """The slots of its arguments."""
+        return [slot for _, slot in self.parameters]
+
+    def made(self, values: list[Any]) -> Any:
+        """Return what the function returned: one value, or a tuple of the values under its several names."""
+        return values[self.target] if self.target >= 0 else tuple([values[target] for target in self.targets])
+
+    def put(self, values: list[Any], made: Any) -> None:
+        """Store what the function returned."""
+        if self.target >= 0:
+            values[self.target] = made
+        else:
+            for target, value in zip(self.targets, made, strict=True):
+                values[target] = value
+
     def outputs(self, values: list[Any]) -> dict[str, Any]:
         """Return what it made, by name."""
         if self.target >= 0:
@@ -124,6 +141,7 @@ class Program:
     """For each step, how many steps must finish before it."""
     unblocks: tuple[tuple[int, ...], ...]
     """For each step, the positions of the steps that wait for it."""
+    given_slots: frozenset[int]
     linear: bool
     """Whether each step waits for the one before, so that nothing could run side by side."""
 
@@ -181,6 +199,7 @@ class _Binder:
             results=_tuple_getter(tuple(slot for _, slot in outputs)),
             waits_for=tuple(len(each) for each in before),
             unblocks=tuple(tuple(each) for each in after),
+            given_slots=frozenset(self._given.values()),
             linear=all(position - 1 in earlier for position, earlier in enumerate(before) if position),
         )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint
 
+from hypernodes._crew import Crew
 from hypernodes._feed import Feed
 from hypernodes._mapping import ItemFailure, MapSpec, Path
 from hypernodes._node import Node
@@ -22,9 +23,15 @@ from hypernodes.events import Emit, format_path
 
 if TYPE_CHECKING:
     from hypernodes._engine import PipelineExecutionEngine
+    from hypernodes._trace import Tracer
+
+T = TypeVar("T")
 
 SLICE_S = 0.003
 """Seconds of work on the loop after which a run lets others have it."""
+
+SAVE_S = 1.0
+"""Seconds after which what is on its way to a cache is written."""
 
 Bound = anyio.Semaphore | anyio.CapacityLimiter
 BoundKey = Node[..., Any] | tuple[ExecutionPlan, str] | str
@@ -34,6 +41,11 @@ Mode = Literal["sequential", "async", "threaded", "parallel"]
 
 class Sink(Protocol):
     """Where the results of a map go, as items finish; called on the loop's thread."""
+
+    @property
+    def lazy(self) -> bool:
+        """Whether it takes values that are in a cache and not loaded, with their digests."""
+        ...
 
     @property
     def bounded(self) -> bool:
@@ -48,8 +60,8 @@ class Sink(Protocol):
         """Wait until the sink may have room again."""
         ...
 
-    def deliver(self, index: int, outputs: tuple[Any, ...]) -> None:
-        """Take an item's outputs, in the order of the wanted names."""
+    def deliver(self, index: int, outputs: tuple[Any, ...], digests: Sequence[Any] | None = None) -> None:
+        """Take an item's outputs, in the order of the wanted names, with their digests where there is a cache."""
         ...
 
     def fail(self, failure: ItemFailure) -> None:
@@ -79,6 +91,10 @@ class Job:
     """Limits that enclosing pipelines have set."""
     total: int | None = None
     """Of a map: how many rows there are, where that is known."""
+    cache: Any = None
+    """The store of the enclosing pipelines; None for no cache."""
+    refresh: frozenset[str] = frozenset()
+    """Names of the outputs that are recomputed although a cache has them."""
     run: Run | None = None
     """The run that this job is part of, when both are in this process."""
 
@@ -105,7 +121,7 @@ class Workers(Protocol):
         """
         ...
 
-    async def map(self, work: MapWork) -> None:
+    async def map(self, work: MapWork, template: list[Any]) -> None:
         """Run a map's items in chunks in worker processes."""
         ...
 
@@ -135,6 +151,18 @@ class MapWork:
     total: int | None
     """How many rows there are, where that is known."""
     sink: Sink
+    origin: Origin | None = None
+    """Of a nested map with a cache: what is known of its inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a nested map's inputs come from, when they may be in a cache and not loaded."""
+
+    digests: Iterator[tuple[Any, ...]] | None
+    """For each row, the digests of its values; None where values are to be hashed."""
+    reload: Callable[[], Awaitable[tuple[Mapping[str, Any], list[tuple[Any, ...]]]]]
+    """Load all of it; return what all items share, and the rows."""
 
 
 class Run:
@@ -144,16 +172,20 @@ class Run:
         "_bounds",
         "_own_workers",
         "_threads",
+        "_tracers",
         "_workers",
         "blamed",
         "emit",
+        "refresh",
         "run_id",
         "yield_at",
     )
 
-    def __init__(self, run_id: str, emit: Emit | None) -> None:
+    def __init__(self, run_id: str, emit: Emit | None, refresh: frozenset[str] = frozenset()) -> None:
         self.run_id = run_id
         self.emit = emit
+        self.refresh = refresh
+        self._tracers: dict[Any, Tracer] = {}
         self.blamed: dict[int, tuple[BaseException, Path]] = {}
         """Errors on their way out, by identity, with the path of the node where each began."""
         self.yield_at = time.perf_counter() + SLICE_S
@@ -196,12 +228,41 @@ class Run:
                 self._own_workers.append(workers)
         return workers
 
+    def tracer(self, store: Any) -> Tracer | None:
+        """Return what this run knows of a cache; None for no cache."""
+        if store is None:
+            return None
+        from hypernodes.cache._session import CacheSession, identity
+
+        tracer = self._tracers.get(identity(store))
+        if tracer is None:
+            from hypernodes._trace import Tracer
+
+            tracer = self._tracers[identity(store)] = Tracer(CacheSession(store), self.refresh)
+        return tracer
+
+    async def save_late(self) -> None:
+        """Write to caches what has waited for a while, for as long as the run takes."""
+        while True:
+            await anyio.sleep(SAVE_S)
+            await self.save()
+
+    async def save(self) -> None:
+        """Write to caches what waits to be written."""
+        with anyio.CancelScope(shield=True):
+            for tracer in list(self._tracers.values()):
+                await tracer.session.flush()
+
     def leave_thread(self) -> bool:
         """Say whether a running thread may be left behind when its node is cancelled: not in this process."""
         return False
 
     async def aclose(self) -> None:
-        """Stop the worker processes that this run started."""
+        """Stop the worker processes that this run started; finish what it writes to caches."""
+        if self._tracers:
+            with anyio.CancelScope(shield=True):
+                for tracer in self._tracers.values():
+                    await tracer.session.aclose()
         if self._own_workers:
             with anyio.CancelScope(shield=True):
                 for workers in self._own_workers:
@@ -233,7 +294,7 @@ class Run:
 class Scope:
     """One pipeline within a run: its place, its engine, and the limits that hold in it."""
 
-    __slots__ = ("backend", "emit", "engine", "limits", "path", "plan", "run", "timeout")
+    __slots__ = ("backend", "cache", "emit", "engine", "limits", "path", "plan", "run", "timeout")
 
     def __init__(
         self,
@@ -243,6 +304,7 @@ class Scope:
         engine: PipelineExecutionEngine,
         backend: Place,
         limits: Mapping[str, Bound],
+        cache: Tracer | None = None,
     ) -> None:
         self.run = run
         self.plan = plan
@@ -251,6 +313,7 @@ class Scope:
         self.backend = backend
         self.emit = run.emit
         settings = plan.settings
+        self.cache = cache if settings.cache is INHERIT else run.tracer(settings.cache)
         self.limits = limits
         if settings.limits:
             own = {name: run.bound((plan, name), value) for name, value in settings.limits.items()}
@@ -264,11 +327,26 @@ class Scope:
 
     def inside(self, plan: ExecutionPlan, path: Path) -> Scope:
         """Return the scope of a nested pipeline."""
-        return Scope(self.run, plan, path, self.engine, self.backend, self.limits)
+        return Scope(self.run, plan, path, self.engine, self.backend, self.limits, self.cache)
 
     def wants(self, kind: type) -> bool:
         """Say whether anyone listens for a kind of event."""
         return self.emit is not None and kind in self.emit.kinds
+
+
+async def saving(run: Run, job: Job, work: Callable[[], Awaitable[T]]) -> T:
+    """Do the work of a run; where it has a cache, write what it makes as it goes along."""
+    if job.cache is None and not job.plan.has_cache:
+        return await work()
+    made: list[T] = []
+
+    async def both(crew: Crew) -> None:
+        crew.start(lambda _: run.save_late())
+        made.append(await work())
+        crew.stop()
+
+    await Crew.run(both)
+    return made[0]
 
 
 @contextlib.asynccontextmanager

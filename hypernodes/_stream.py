@@ -184,6 +184,7 @@ class ItemStream(Handover[ItemResult]):
     """Results of a map as items finish: a sink that is full when ``window`` rows are neither done nor taken."""
 
     bounded = True
+    lazy = False
 
     def __init__(self, names: Sequence[str], window: int, *, ordered: bool) -> None:
         super().__init__()
@@ -207,7 +208,7 @@ class ItemStream(Handover[ItemResult]):
         await self._room.wait()
         self._room = None
 
-    def deliver(self, index: int, outputs: tuple[Any, ...]) -> None:
+    def deliver(self, index: int, outputs: tuple[Any, ...], digests: Sequence[Any] | None = None) -> None:
         """Hand over an item's outputs."""
         self._put(ItemResult(index, dict(zip(self._names, outputs, strict=True))))
 

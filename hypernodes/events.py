@@ -12,19 +12,25 @@ from typing import Any, NamedTuple, Protocol
 from hypernodes._mapping import Path
 
 __all__ = [
+    "CacheRefused",
     "Emit",
     "Event",
+    "ItemCached",
     "ItemFailed",
     "ItemFinished",
     "ItemStarted",
     "MapFinished",
     "MapStarted",
+    "NodeCached",
     "NodeCancelled",
     "NodeChunk",
     "NodeFailed",
     "NodeFinished",
     "NodeRetried",
     "NodeStarted",
+    "NodeStored",
+    "NodeUncacheable",
+    "NotLoaded",
     "Path",
     "PipelineFailed",
     "PipelineFinished",
@@ -32,6 +38,23 @@ __all__ = [
     "RunFinished",
     "format_path",
 ]
+
+
+class NotLoaded:
+    """What events show of a value that is in the cache and has not been loaded, as nothing has needed it yet."""
+
+    __slots__ = ("key", "position")
+
+    def __init__(self, key: str, position: int | None = None) -> None:
+        self.key = key
+        self.position = position
+        """Which one it is of several outputs that are stored together; None for a single one."""
+
+    def __reduce__(self) -> tuple[type[NotLoaded], tuple[str, int | None]]:
+        return NotLoaded, (self.key, self.position)
+
+    def __repr__(self) -> str:
+        return f"<not loaded: {self.key[:12]}>"
 
 
 class PipelineStarted(NamedTuple):
@@ -119,6 +142,44 @@ class NodeRetried(NamedTuple):
     wait: float
 
 
+class NodeCached(NamedTuple):
+    """A node was not run: what it makes is in the cache, under this signature, and is loaded when it is needed."""
+
+    run_id: str
+    path: Path
+    at: float
+    signature: str
+
+
+class NodeStored(NamedTuple):
+    """What a node made went to the cache: so many bytes."""
+
+    run_id: str
+    path: Path
+    at: float
+    signature: str
+    size: int
+
+
+class CacheRefused(NamedTuple):
+    """An entry was found and not used: damaged, or not signed with this cache's key. The node runs."""
+
+    run_id: str
+    path: Path
+    at: float
+    signature: str
+    reason: str
+
+
+class NodeUncacheable(NamedTuple):
+    """A node that should be cached cannot be: an input has no identity, or what it made cannot be stored."""
+
+    run_id: str
+    path: Path
+    at: float
+    reason: str
+
+
 class MapStarted(NamedTuple):
     """A map began; ``total_items`` is None for a stream of unknown length."""
 
@@ -156,6 +217,16 @@ class ItemFinished(NamedTuple):
     duration: float
 
 
+class ItemCached(NamedTuple):
+    """An item of a map was not run: every node of it came from the cache."""
+
+    run_id: str
+    path: Path
+    at: float
+    index: int  # type: ignore[assignment]  # the promised name, not tuple.index
+    signature: str
+
+
 class ItemFailed(NamedTuple):
     """An item of a map failed."""
 
@@ -185,10 +256,15 @@ Event = (
     | NodeCancelled
     | NodeChunk
     | NodeRetried
+    | NodeCached
+    | NodeStored
+    | CacheRefused
+    | NodeUncacheable
     | MapStarted
     | MapFinished
     | ItemStarted
     | ItemFinished
+    | ItemCached
     | ItemFailed
     | RunFinished
 )

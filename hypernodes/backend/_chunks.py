@@ -20,6 +20,7 @@ from hypernodes._map_run import Failures
 from hypernodes._plan import ExecutionPlan, PlanStep
 from hypernodes._program import BoundPlan, Program
 from hypernodes._run import Bound, BoundKey, MapWork, Mode, Scope, held
+from hypernodes._trace import Trace
 from hypernodes.backend._wire import Travelling, load_error, loads, packed, packed_checked, with_error
 from hypernodes.errors import SerializationError, WorkerCrashedError
 from hypernodes.events import Event, format_path
@@ -55,7 +56,7 @@ class WorkerDied(Exception):  # noqa: N818 - never leaves this package
 class ChunkedMap:
     """The items of one map, run by worker processes."""
 
-    def __init__(self, pool: WorkerPool, work: MapWork) -> None:
+    def __init__(self, pool: WorkerPool, work: MapWork, template: list[Any]) -> None:
         self._pool = pool
         self.scope = scope = work.scope
         self._spec = spec = work.spec
@@ -63,6 +64,10 @@ class ChunkedMap:
         self._total = total = work.total
         self._sink = work.sink
         self._inputs = work.inputs
+        self._template = template
+        origin = work.origin
+        self._digests = None if origin is None or origin.digests is None else list(origin.digests)
+        """For each row, the digests of its values, where they are known."""
         self._plan = work.program.plan
         self._wanted = tuple(name for name, _ in work.program.outputs)
         self._failures = Failures(scope, spec, work.sink)
@@ -118,10 +123,31 @@ class ChunkedMap:
             "run_id": scope.run.run_id,
             "limit": self._limit,
             "backend": scope.backend,
+            **self._cache_described(),
         }
         named = {f"inputs[{name!r}]": value for name, value in self._inputs.items()}
         named |= _functions(self._plan)
         return packed_checked(description, named, self._plan.label)
+
+    def _cache_described(self) -> dict[str, Any]:
+        """Return what workers need to know of the cache, which they use themselves."""
+        tracer = self.scope.cache
+        if tracer is None:
+            return {"cache": None}
+        session = tracer.session
+        if not getattr(session.store, "travels", False):
+            session.warn("parallel", "worker processes cache nothing: they can share a DiskCache, and not this cache")
+            return {"cache": None}
+        assert isinstance(self._template, Trace)
+        recipe = self._template.recipe
+        slots = recipe.program.slots
+        return {
+            "cache": session.store,
+            "given": recipe.given,
+            "asked": recipe.asked,
+            "digests": {name: self._template.digests[slots[name]] for name in self._inputs},
+            "traced": self._sink.lazy,
+        }
 
     def packed_rows(self, chunk: Chunk) -> list[Any] | None:
         """Return a chunk's rows, pickled; None when some cannot be: they fail, and the others are tried again."""
@@ -182,6 +208,15 @@ class ChunkedMap:
         share = remaining / (self._lanes if self._least > 1 else 2 * self._lanes)
         return max(1, min(self._size, math.ceil(share)))
 
+    def digests_of(self, chunk: Chunk) -> list[tuple[Any, ...]] | None:
+        """Return the digests of a chunk's rows, where they are known."""
+        return None if self._digests is None else self._digests[chunk.first : chunk.first + len(chunk.rows)]
+
+    def remember(self, noted: Any) -> None:
+        """Take over what a worker has noted of the entries that it has written."""
+        if noted and self.scope.cache is not None:
+            self.scope.cache.session.remember(noted)
+
     def measured(self, items: int, seconds: float) -> None:
         """Note how long a chunk took; the next ones should take TARGET_S."""
         self._stillbirths = 0
@@ -194,7 +229,7 @@ class ChunkedMap:
         for event in events:
             if emit is not None:
                 emit(with_error(event, load_error))
-        for index, outputs, error in items:
+        for index, outputs, digests, error in items:
             chunk.done.add(index)
             if error is not None:
                 self.failed(chunk, index, self.rebuilt(error))
@@ -209,7 +244,7 @@ class ChunkedMap:
                 self.scope.run.blame(unreadable, self.scope.at(index))
                 self.failed(chunk, index, unreadable)
             else:
-                self._sink.deliver(index, made)
+                self._sink.deliver(index, made, digests)
 
     def failed(self, chunk: Chunk, index: int, error: BaseException) -> None:
         """Hand an item's failure to the sink, or raise it."""
@@ -289,7 +324,9 @@ class _Lane:
         if rows is None:
             return
         worker.board[: len(chunk.rows)] = bytes(len(chunk.rows))
-        await worker.send("chunk", chunk.first, rows)
+        first = chunk.first
+        known = chunked.digests_of(chunk)
+        await worker.send("chunk", first, rows, known)
         while True:
             kind, *message = await worker.receive()
             match kind:
@@ -300,7 +337,8 @@ class _Lane:
                 case "release":
                     self._held[message[0]].popleft().set()
                 case "done":
-                    seconds, error, spent = message
+                    seconds, error, spent, noted = message
+                    chunked.remember(noted)
                     if spent:
                         # A thread that was given up runs on in it.
                         await worker.aclose()

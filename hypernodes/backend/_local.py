@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 
 from hypernodes._engine import PipelineExecutionEngine
-from hypernodes._run import Job, Mode, Run, Sink, Workers
+from hypernodes._run import Job, Mode, Run, Sink, Workers, saving
 from hypernodes.backend._base import Backend
 from hypernodes.events import Emit
 
@@ -43,9 +43,9 @@ class LocalBackend(Backend):
         """Run a job on this event loop."""
         if job.run is not None:
             return await self.engine.arun(job, job.run, self)
-        run = Run(job.run_id, emit)
+        run = Run(job.run_id, emit, job.refresh)
         try:
-            return await self.engine.arun(job, run, self)
+            return await saving(run, job, lambda: self.engine.arun(job, run, self))
         finally:
             await run.aclose()
 
@@ -54,9 +54,9 @@ class LocalBackend(Backend):
         if job.run is not None:
             await self.engine.amap(job, job.run, self, sink)
             return
-        run = Run(job.run_id, emit)
+        run = Run(job.run_id, emit, job.refresh)
         try:
-            await self.engine.amap(job, run, self, sink)
+            await saving(run, job, lambda: self.engine.amap(job, run, self, sink))
         finally:
             await run.aclose()
 

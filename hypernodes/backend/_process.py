@@ -270,9 +270,9 @@ class WorkerPool:
             raise load_error(value)
         return pieces if is_generator else value
 
-    async def map(self, work: MapWork) -> None:
+    async def map(self, work: MapWork, template: list[Any]) -> None:
         """Run a map's items in chunks, as many workers at once as there are."""
-        await ChunkedMap(self, work).run()
+        await ChunkedMap(self, work, template).run()
 
     def _func(self, step: BoundCall) -> tuple[int, list[Any]]:
         known = self._numbers.get(step.node)

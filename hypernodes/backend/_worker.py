@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
@@ -29,13 +29,15 @@ import anyio
 import anyio.abc
 
 from hypernodes import events as ev
+from hypernodes._cached import CachedMapRun
 from hypernodes._engine import PipelineExecutionEngine, item_runner
 from hypernodes._feed import ListFeed
 from hypernodes._map_run import MapRun
 from hypernodes._mapping import ItemFailure, MapSpec, Path, Rows
 from hypernodes._plan import ExecutionPlan
 from hypernodes._program import Places, bind
-from hypernodes._run import Bound, BoundKey, MapWork, Run, Scope
+from hypernodes._run import Bound, BoundKey, MapWork, Origin, Run, Scope
+from hypernodes._trace import Trace, cached_nodes, settled
 from hypernodes.backend._chunks import DONE, STARTED
 from hypernodes.backend._process import BOARD_SIZE
 from hypernodes.backend._wire import COUNT, LENGTH, Parts, dump_error, dumps, frame, loads, packed, with_error
@@ -45,8 +47,8 @@ FLUSH_S = 0.05
 """Results and events are sent when the last ones were sent this many seconds ago."""
 
 
-Finished = tuple[int, list[Any] | None, Any]
-"""An item's index, and its outputs or its error, each as it travels."""
+Finished = tuple[int, list[Any] | None, Any, Any]
+"""An item's index, its outputs, their digests, or its error, each as it travels."""
 
 
 class Channel:
@@ -160,8 +162,12 @@ class Outbox:
     """Results and events on their way to the parent, sent in batches by time; a sink and an emit."""
 
     bounded = False
+    lazy = False
 
-    def __init__(self, channel: Channel, board: mmap.mmap, wanted: tuple[str, ...], kinds: frozenset[type]) -> None:
+    def __init__(
+        self, channel: Channel, board: mmap.mmap, wanted: tuple[str, ...], kinds: frozenset[type], *, traced: bool
+    ) -> None:
+        self._traced = traced
         self._channel = channel
         self._board = board
         self._wanted = wanted
@@ -191,15 +197,18 @@ class Outbox:
         """Return nothing: results went to the parent."""
         return {}
 
-    def deliver(self, index: int, outputs: tuple[Any, ...]) -> None:
+    def deliver(self, index: int, outputs: tuple[Any, ...], digests: Sequence[Any] | None = None) -> None:
         """Take an item's outputs."""
         self._board[index - self.first] = DONE
         # Pickled one by one, and now: one that cannot be, here or there, spoils no other.
         item: Finished
         try:
-            item = index, packed(outputs), None
+            known = None
+            if digests is not None and self._traced:
+                known = [settled(digest, value) for digest, value in zip(digests, outputs, strict=True)]
+            item = index, packed(outputs), known, None
         except Exception:  # noqa: BLE001 - pickling runs the user's code
-            item = index, None, dump_error(self._unsendable(index, outputs), None)
+            item = index, None, None, dump_error(self._unsendable(index, outputs), None)
         self._items.append(item)
         self._send_in_time()
 
@@ -207,7 +216,7 @@ class Outbox:
         """Take an item's failure."""
         self._board[failure.index - self.first] = DONE
         # Made before the list is looked up, which the thread that sends late may replace meanwhile.
-        item = failure.index, None, dump_error(failure.error, failure.path)
+        item = failure.index, None, None, dump_error(failure.error, failure.path)
         self._items.append(item)
         self._send_in_time()
 
@@ -294,16 +303,34 @@ class MapHere:
         limits = {name: self.bounds[number] for name, number in described["limits"].items()}
         given = frozenset(inputs) | set(self._spec.over)
         self._program = bind(plan, given, described["wanted"], Places())
-        self._template = self._program.template.copy()
-        for name, value in inputs.items():
-            self._template[self._program.slots[name]] = value
+        self._inputs = inputs
+        self._described = described
+        self._template: list[Any]
         self._board = board
-        self._outbox = Outbox(channel, board, described["wanted"], kinds)
+        self._outbox = Outbox(channel, board, described["wanted"], kinds, traced=described.get("traced", False))
         run = self._run = WorkerRun(described["run_id"], self._outbox if kinds else None, remote)
+        # A store that cannot be shared was left out, whichever pipeline has set it.
         self._scope = Scope(run, plan, path, engine, described["backend"], limits)
+        self._scope.cache = run.tracer(described["cache"])
         self._limit: int = described["limit"]
 
-    async def run(self, first: int, rows: list[tuple[Any, ...]]) -> tuple[float, Any]:
+    async def open(self) -> None:
+        """Make ready what every item begins with."""
+        program, tracer = self._program, self._scope.cache
+        if tracer is None:
+            self._template = program.template.copy()
+        else:
+            await tracer.session.learn(cached_nodes(program, tracer.session.store))
+            recipe = tracer.recipe(program, self._described["given"], self._described["asked"])
+            self._template = trace = Trace(recipe, program.template, recipe.template.copy())
+            for name, digest in self._described["digests"].items():
+                trace.digests[program.slots[name]] = digest
+        for name, value in self._inputs.items():
+            self._template[program.slots[name]] = value
+
+    async def run(
+        self, first: int, rows: list[tuple[Any, ...]], digests: list[tuple[Any, ...]] | None
+    ) -> tuple[float, Any]:
         """Run a chunk; return the seconds it took, and the error that ended it."""
         self._outbox.first = first
         runner = item_runner(self._scope)
@@ -316,11 +343,14 @@ class MapHere:
         began = time.perf_counter()
         error = None
         try:
-            work = MapWork(self._scope, self._program, {}, self._spec, feed, len(rows), self._outbox)
-            await MapRun(work, self._template, run_item, limit=self._limit, first=first).run()
+            source = None if digests is None else Origin(iter(digests), _nothing_to_load)
+            work = MapWork(self._scope, self._program, {}, self._spec, feed, len(rows), self._outbox, source)
+            kind = MapRun if self._scope.cache is None else CachedMapRun
+            await kind(work, self._template, run_item, limit=self._limit, first=first).run()
         except BaseException as raised:  # noqa: BLE001 - it is raised in the parent
             origin = self._scope.run.forgive(raised, self._scope.path)
             error = dump_error(raised, None if origin == self._scope.path else origin)
+        await self._run.save()
         seconds = time.perf_counter() - began
         self._outbox.flush()
         if error is None:
@@ -328,6 +358,10 @@ class MapHere:
             for bound in self.bounds:
                 await bound.settled()
         return seconds, error
+
+    def noted(self) -> Any:
+        """Return what is to be remembered of the entries that were written."""
+        return None if self._scope.cache is None else self._scope.cache.session.noted()
 
     @property
     def spent(self) -> bool:
@@ -338,6 +372,10 @@ class MapHere:
         """Stop what its run has started."""
         self._outbox.close()
         await self._scope.run.aclose()
+
+
+async def _nothing_to_load() -> tuple[Mapping[str, Any], list[tuple[Any, ...]]]:
+    raise AssertionError("what is sent to a worker has been loaded")
 
 
 class Worker:
@@ -425,21 +463,23 @@ class Worker:
             if self._map is not None:
                 await self._map.aclose()
             self._map = MapHere(self._channel, self._board, parts)
+            await self._map.open()
         except BaseException as error:  # noqa: BLE001 - it is raised in the parent
             self._channel.send("raised", dump_error(error, None))
         else:
             self._channel.send("ready")
 
-    async def _chunk(self, first: int, parts: Parts) -> None:
+    async def _chunk(self, first: int, parts: Parts, digests: list[tuple[Any, ...]] | None) -> None:
         assert self._map is not None
+        noted = None
         try:
             rows = loads(parts)
-            seconds, error = await self._map.run(first, rows)
-            spent = self._map.spent
+            seconds, error = await self._map.run(first, rows, digests)
+            spent, noted = self._map.spent, self._map.noted()
         except BaseException as raised:  # noqa: BLE001 - it is raised in the parent
             seconds, error, spent = 0.0, dump_error(raised, None), False
         flush_prints()
-        self._channel.send("done", seconds, error, spent)
+        self._channel.send("done", seconds, error, spent, noted)
 
 
 def printed() -> list[TextIOWrapper]:

@@ -1,0 +1,355 @@
+"""Running with a cache: what is there is not run, and loaded only when something needs it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from time import perf_counter
+from time import time as unix_time
+from typing import Any
+
+from hypernodes import events as ev
+from hypernodes._cost import CHEAP_S
+from hypernodes._crew import Crew
+from hypernodes._feed import END
+from hypernodes._map_run import MapRun, RunItem
+from hypernodes._plan import INHERIT
+from hypernodes._program import BoundCall, BoundPlan, BoundStep, Program
+from hypernodes._run import MapWork, Origin, Scope
+from hypernodes._threads import default_threads, in_thread
+from hypernodes._trace import BY_VALUE, Trace, cached_nodes
+from hypernodes.errors import CacheError
+from hypernodes.events import NotLoaded
+
+RunStep = Callable[[Scope, BoundStep, list[Any], int | None], Awaitable[None]]
+BATCH = 512
+"""Rows of a map that are looked up together."""
+_MOST_REPAIRS = 100
+
+
+async def values_for(
+    scope: Scope,
+    program: Program,
+    inputs: Mapping[str, Any],
+    around: tuple[list[Any], BoundPlan] | None = None,
+) -> list[Any]:
+    """Return the values that a run of a program begins with: a trace where there is a cache.
+
+    Args:
+        scope: the pipeline that is run.
+        program: the program.
+        inputs: values by name.
+        around: the values of the pipeline around it, which may know the digests of the inputs, and its step.
+    """
+    tracer = scope.cache
+    if tracer is None:
+        values = program.template.copy()
+        for name, value in inputs.items():
+            values[program.slots[name]] = value
+        return values
+    outer, step = around or (None, None)
+    known: dict[str, Any] = {}
+    if isinstance(outer, Trace) and step is not None:
+        if outer.recipe.tracer is tracer and step.inner_map is None:
+            return outer.child(step)
+        known = {name: outer.digests[slot] for name, slot in step.shared}
+    await tracer.session.learn(cached_nodes(program, tracer.session.store))
+    recipe = outer.recipe.inside(step, tracer) if isinstance(outer, Trace) and step else tracer.recipe(program)
+    trace = Trace(recipe, program.template, recipe.template.copy(), eager=not isinstance(outer, Trace))
+    for name, value in inputs.items():
+        slot = program.slots[name]
+        trace[slot] = value
+        trace.digests[slot] = known.get(name, BY_VALUE)
+    return trace
+
+
+async def look_up(traces: Iterable[Trace]) -> None:
+    """Work out the keys of traces, as far as they follow from what is known, and find out which have an entry."""
+    traces = list(traces)
+    session = traces[0].recipe.tracer.session
+    cost = session.hashing
+    if cost.inline and len(traces) == 1:
+        began = perf_counter()
+        asked = traces[0].predict()
+        now = perf_counter()
+        if now - began > CHEAP_S:
+            cost.doubted(now - began, now)
+    else:
+        asked, seconds = await in_thread(lambda: _predicted(traces), default_threads())
+        cost.measured(seconds / len(traces))
+    there = await session.find(asked) if asked else set()
+    for trace in traces:
+        trace.found(there)
+
+
+def _predicted(traces: Iterable[Trace]) -> list[str]:
+    return [key for trace in traces for key in trace.predict()]
+
+
+async def cached_step(scope: Scope, trace: Trace, position: int, index: int | None, run_step: RunStep) -> None:
+    """Run one step of a trace, unless what it makes is in the cache."""
+    step = trace.recipe.program.steps[position]
+    if trace.hits[position]:
+        _recall(scope, trace, position, index)
+    elif isinstance(step, BoundPlan):
+        await load(scope, trace, _needed_at_once(scope, trace, step), index, run_step)
+        await run_step(scope, step, trace, index)
+    else:
+        await _call(scope, trace, step, position, index, run_step)
+
+
+def _needed_at_once(scope: Scope, trace: Trace, step: BoundPlan) -> list[int]:
+    """Return the slots that a nested pipeline reads as it begins: all of them, but for a map on this loop.
+
+    A map looks its items up first, and loads what those need that have to run.
+    """
+    settings, spec = step.program.plan.settings, step.step.map
+    here = scope.engine.map_execution != "parallel" and settings.backend is INHERIT and settings.cache is INHERIT
+    if spec is None or not here:
+        return [slot for _, slot in step.parameters]
+    return [slot for name, slot in step.parameters if name in spec.over and type(trace[slot]) is NotLoaded]
+
+
+async def _call(
+    scope: Scope, trace: Trace, step: BoundCall, position: int, index: int | None, run_step: RunStep
+) -> None:
+    recipe = trace.recipe
+    session, code = recipe.tracer.session, recipe.codes[position]
+    if code is not None and trace.keys[position] is None:
+        await look_up([trace])
+    key = trace.keys[position]
+    slots = step.all_slots
+    if code is None or key is None:
+        await load(scope, trace, slots, index, run_step)
+        if code is not None and scope.wants(ev.NodeUncacheable):
+            reason = session.reason(step.node)
+            scope.emit(ev.NodeUncacheable(scope.run.run_id, (*scope.at(index), step.name), unix_time(), reason))  # type: ignore[misc]
+        await run_step(scope, step, trace, index)
+        for target in step.targets:
+            trace.digests[target] = BY_VALUE
+        return
+    if trace.hits[position] or session.has(key):
+        _recall(scope, trace, position, index)
+        return
+
+    async def compute() -> Any:
+        await load(scope, trace, slots, index, run_step)
+        began = perf_counter()
+        await run_step(scope, step, trace, index)
+        seconds = perf_counter() - began
+        made = step.made(trace)
+        size = await session.save(code, key, made, seconds, trace.input_digests(position))
+        path = (*scope.at(index), step.name)
+        if size is None:
+            if scope.wants(ev.NodeUncacheable):
+                reason = session.reason(step.node)
+                scope.emit(ev.NodeUncacheable(scope.run.run_id, path, unix_time(), reason))  # type: ignore[misc]
+        elif scope.wants(ev.NodeStored):
+            scope.emit(ev.NodeStored(scope.run.run_id, path, unix_time(), key, size))  # type: ignore[misc]
+        return made
+
+    made, ours = await session.once(key, compute)
+    if ours:
+        return
+    if session.has(key):
+        _recall(scope, trace, position, index)
+    else:
+        # It could not be stored: there is one object for all who waited.
+        step.put(trace, made)
+        _tell_cached(scope, trace, position, index)
+
+
+def _recall(scope: Scope, trace: Trace, position: int, index: int | None) -> None:
+    trace.recall(position)
+    _tell_cached(scope, trace, position, index)
+
+
+def _tell_cached(scope: Scope, trace: Trace, position: int, index: int | None) -> None:
+    emit = scope.emit
+    if emit is not None and ev.NodeCached in emit.kinds:
+        place, now = scope.at(index), unix_time()
+        for path, key in trace.signatures(position):
+            emit(ev.NodeCached(scope.run.run_id, (*place, *path), now, key))
+
+
+async def load(scope: Scope, trace: Trace, slots: Iterable[int], index: int | None, run_step: RunStep) -> None:
+    """Load what these slots have in the cache; what turns out not to be there, or is damaged, is computed again."""
+    slots = list(slots)
+    session = trace.recipe.tracer.session
+    for _ in range(_MOST_REPAIRS):
+        keys = trace.unloaded(slots)
+        if not keys:
+            return
+        loaded, refused = await session.load(keys)
+        trace.put_in_place(slots, loaded)
+        if not refused:
+            return
+        _tell_refused(scope, refused, index)
+        trace.forget(refused)
+        for position in sorted({trace.recipe.producers[slot] for slot in slots if trace.unloaded([slot])}):
+            await cached_step(scope, trace, position, index, run_step)
+    raise CacheError(f"entries of the cache vanish again and again while {scope.plan.label} reads them")
+
+
+def _tell_refused(scope: Scope, refused: Mapping[str, str], index: int | None) -> None:
+    if scope.wants(ev.CacheRefused):
+        for key, reason in refused.items():
+            scope.emit(ev.CacheRefused(scope.run.run_id, scope.at(index), unix_time(), key, reason))  # type: ignore[misc]
+
+
+class CachedMapRun(MapRun):
+    """The items of a map that has a cache: looked up in batches, and only those run that are not there."""
+
+    def __init__(self, work: MapWork, template: list[Any], run_item: RunItem, *, limit: int, first: int = 0) -> None:
+        super().__init__(work, template, run_item, limit=limit, first=first)
+        assert isinstance(template, Trace)
+        self._origin: Origin | None = work.origin
+        self._start = template
+        self._ready: deque[tuple[int, tuple[Any, ...], Trace]] = deque()
+        self._exhausted = False
+        self._wanted = tuple(slot for _, slot in work.program.outputs)
+        self._given = (*work.program.slots.values(),)
+
+    async def _work(self, crew: Crew) -> None:
+        self._crew = crew
+        run_item, scope, program = self._run_item, self._scope, self._program
+        while self._ready or not self._taking:
+            if not self._ready and not await self._look_ahead():
+                self._limit = 0
+                self.hungry = False
+                break
+            if not self._ready:
+                continue
+            index, row, trace = self._ready.popleft()
+            self.hungry = self._active < self._limit and not self._starting
+            try:
+                await run_item(scope, program, trace, index, self)
+            except Exception as error:  # noqa: BLE001 - raised again, or handed to the user
+                self._failures.take(index, dict(zip(self._spec.over, row, strict=True)), error)
+                if perf_counter() > scope.run.yield_at:
+                    await scope.run.breathe()
+            else:
+                self._deliver(index, trace)
+        self._active -= 1
+
+    def _deliver(self, index: int, trace: Trace) -> None:
+        digests = tuple([trace.digests[slot] for slot in self._wanted])
+        self._sink.deliver(index, self._program.results(trace), digests)
+
+    async def _look_ahead(self) -> bool:
+        """Take some rows, hand on those that are in the cache, and make the others ready; False at the end."""
+        self._taking = True
+        self.hungry = False
+        try:
+            rows = await self._rows()
+            if not rows:
+                return False
+            traces = self._traces(rows)
+            await look_up(traces)
+            waiting = [(index, row, trace) for (index, row), trace in zip(rows, traces, strict=True)]
+            if not self._sink.lazy:
+                await self._load_complete(traces)
+            missed = [each for each in waiting if not each[2].complete]
+            for index, _, trace in waiting:
+                if trace.complete:
+                    if self._sink.lazy:
+                        trace.recall_all()
+                    self._tell_cached(index, trace)
+                    self._deliver(index, trace)
+            if missed:
+                await self._load_inputs(missed)
+                self._ready.extend(missed)
+            if perf_counter() > self._scope.run.yield_at:
+                await self._scope.run.breathe()
+            return True
+        finally:
+            self._taking = False
+
+    async def _rows(self) -> list[tuple[int, tuple[Any, ...]]]:
+        rows: list[tuple[int, tuple[Any, ...]]] = []
+        feed, sink = self._feed, self._sink
+        while len(rows) < BATCH and not self._exhausted:
+            if sink.bounded and sink.full(self._taken):
+                if rows:
+                    break
+                await sink.room()
+                continue
+            if feed.waits:
+                if rows:
+                    break
+                row = await feed.pull()
+            else:
+                row = feed.next()
+            if row is END:
+                self._exhausted = True
+                break
+            rows.append((self._taken, row))
+            self._taken += 1
+        return rows
+
+    def _traces(self, rows: list[tuple[int, tuple[Any, ...]]]) -> list[Trace]:
+        start, slots = self._start, self._slots
+        known = None if self._origin is None else self._origin.digests
+        traces = []
+        for _, row in rows:
+            trace = Trace(start.recipe, start, start.digests.copy(), eager=not self._sink.lazy)
+            digests = None if known is None else next(known)
+            for position, slot in enumerate(slots):
+                trace[slot] = row[position]
+                trace.digests[slot] = BY_VALUE if digests is None else digests[position]
+            traces.append(trace)
+        return traces
+
+    async def _load_complete(self, traces: list[Trace]) -> None:
+        """Load the outputs of all items that are in the cache; those whose entries cannot be used are run."""
+        wanted = self._wanted
+        complete = [trace for trace in traces if trace.complete]
+        for trace in complete:
+            trace.recall_all()
+        keys = set().union(*(trace.unloaded(wanted) for trace in complete)) if complete else set()
+        if not keys:
+            return
+        loaded, refused = await self._start.recipe.tracer.session.load(keys)
+        if refused:
+            _tell_refused(self._scope, refused, None)
+        for trace in complete:
+            trace.put_in_place(wanted, loaded)
+            if refused:
+                trace.forget(refused)
+
+    async def _load_inputs(self, missed: list[tuple[int, tuple[Any, ...], Trace]]) -> None:
+        """Load what the items need that have to run."""
+        if self._origin is None:
+            return
+        given = self._given
+        keys = set().union(*(trace.unloaded(given) for _, _, trace in missed))
+        if not keys:
+            return
+        loaded, refused = await self._start.recipe.tracer.session.load(keys)
+        if refused:
+            shared, rows = await self._origin.reload()
+            for name, value in shared.items():
+                self._start[self._program.slots[name]] = value
+            for index, _, trace in missed:
+                for slot, value in zip(self._slots, rows[index], strict=True):
+                    trace[slot] = value
+                for name, value in shared.items():
+                    trace[self._program.slots[name]] = value
+            return
+        shared_slots = [slot for slot in given if slot not in self._slots]
+        self._start.put_in_place(shared_slots, loaded)
+        for _, _, trace in missed:
+            trace.put_in_place(given, loaded)
+
+    def _tell_cached(self, index: int, trace: Trace) -> None:
+        scope = self._scope
+        emit = scope.emit
+        if emit is None:
+            return
+        place, now = scope.at(index), unix_time()
+        if ev.NodeCached in emit.kinds:
+            for position in range(len(trace.keys)):
+                for path, key in trace.signatures(position):
+                    emit(ev.NodeCached(scope.run.run_id, (*place, *path), now, key))
+        if ev.ItemCached in emit.kinds:
+            emit(ev.ItemCached(scope.run.run_id, place, now, index, trace.signature()))

@@ -1,0 +1,420 @@
+"""What is known of the identity of a run's values, without running anything: digests for slots, keys for steps.
+
+A call's signature is made of its code and the digests of its inputs; what it makes has digests that follow from the
+signature alone. So a chain of calls is known to its end from the inputs on, and only what no cache has is run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum, auto
+from hashlib import sha256
+from typing import Any
+
+from hypernodes._node import Node
+from hypernodes._plan import EVERYTHING, INHERIT
+from hypernodes._program import BoundCall, BoundPlan, BoundStep, Program
+from hypernodes._signature.keys import Digest, listed, part
+from hypernodes._signature.values import hash_value
+from hypernodes.cache._session import CacheSession, Code
+from hypernodes.errors import UncacheableError
+from hypernodes.events import NotLoaded
+
+
+class Unhashed(Enum):
+    """In place of the digest of a slot. One that nothing is known of yet has None."""
+
+    BY_VALUE = auto()
+    """Its value is there and has not been hashed."""
+    NO_DIGEST = auto()
+    """Its value has no identity that another process would know."""
+
+
+BY_VALUE, NO_DIGEST = Unhashed.BY_VALUE, Unhashed.NO_DIGEST
+FAILED: Digest = hash_value(None)
+"""The digest of an item of a map that has failed: its position holds None."""
+
+
+class Listed:
+    """The digest of a list that a mapped pipeline has made: those of its items, and the list itself."""
+
+    __slots__ = ("_digest", "items", "values")
+
+    def __init__(self, items: list[Any], values: list[Any]) -> None:
+        self.items = items
+        self.values = values
+        self._digest: Any = None
+
+    @property
+    def digest(self) -> Any:
+        """The digest of the whole list; NO_DIGEST if an item has none. May hash values, so it may block."""
+        if self._digest is None:
+            for index, digest in enumerate(self.items):
+                if digest is BY_VALUE:
+                    self.items[index] = hashed(self.values[index])
+            flat = [each.digest if type(each) is Listed else each for each in self.items]
+            self._digest = NO_DIGEST if NO_DIGEST in flat else listed(flat)
+        return self._digest
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Sent, (self.items, self.digest)
+
+
+class _Sent(Listed):
+    """One that has come from another process, where all its items have been hashed."""
+
+    __slots__ = ()
+
+    def __init__(self, items: list[Any], digest: Any) -> None:
+        super().__init__(items, [])
+        self._digest = digest
+
+
+def settled(digest: Any, value: Any) -> Any:
+    """Return a digest that another process can use: one that says that its value is to be hashed is hashed now."""
+    if digest is BY_VALUE:
+        return hashed(value)
+    if type(digest) is Listed:
+        digest.digest  # noqa: B018 - hashes its items
+    return digest
+
+
+def hashed(value: Any) -> Any:
+    """Return the digest of a value, or NO_DIGEST."""
+    try:
+        return hash_value(value)
+    except UncacheableError:
+        return NO_DIGEST
+
+
+class Tracer:
+    """What the traces of one run share that use one cache."""
+
+    __slots__ = ("_recipes", "refresh", "session")
+
+    def __init__(self, session: CacheSession, refresh: frozenset[str]) -> None:
+        self.session = session
+        self.refresh = refresh
+        """Names of the outputs that this run recomputes."""
+        self._recipes: dict[tuple[Program, frozenset[str], frozenset[str]], Recipe] = {}
+
+    def recipe(
+        self, program: Program, given: frozenset[str] = frozenset(), asked: frozenset[str] | None = None
+    ) -> Recipe:
+        """Return what traces of a program need to know, worked out once.
+
+        Args:
+            program: the program.
+            given: names of the inputs that are being recomputed, so that what depends on them is recomputed too.
+            asked: names of the outputs that are to be recomputed, at any depth.
+        """
+        key = program, given, self.refresh if asked is None else asked
+        recipe = self._recipes.get(key)
+        if recipe is None:
+            recipe = self._recipes[key] = Recipe(self, *key)
+        return recipe
+
+
+class Recipe:
+    """What traces need to know of one program's calls in one run."""
+
+    __slots__ = ("asked", "codes", "dirty", "given", "producers", "program", "refresh", "slots", "template", "tracer")
+
+    def __init__(self, tracer: Tracer, program: Program, given: frozenset[str], asked: frozenset[str]) -> None:
+        self.tracer = tracer
+        self.program = program
+        self.given = given
+        self.asked = asked
+        self.codes: list[Code | None] = []
+        self.slots: list[tuple[int, ...]] = []
+        """For each call, the slots of its arguments, by the sorted names of its parameters."""
+        self.producers = {target: position for position, step in enumerate(program.steps) for target in step.targets}
+        self.template: list[Any] = [
+            None if slot in self.producers else BY_VALUE for slot in range(len(program.template))
+        ]
+        """Digests before a run: constants and defaults, hashed when first needed, once for all items of a map."""
+        self.dirty = {slot for name, slot in program.slots.items() if name in given}
+        """Slots of what is being recomputed."""
+        self.refresh: list[bool] = []
+        """For each step, whether it is to run although there is an entry."""
+        for step in program.steps:
+            code = tracer.session.code(step.node) if isinstance(step, BoundCall) and step.node.cache else None
+            by_name = dict(step.parameters)
+            self.codes.append(code)
+            self.slots.append(tuple(by_name[name] for name in code.names) if code else ())
+            self.refresh.append(self._refreshed(step))
+
+    def _refreshed(self, step: BoundStep) -> bool:
+        """Say whether a step is to run although there is an entry; note what it makes as being recomputed."""
+        if isinstance(step, BoundPlan):
+            inner = self.inside(step)
+            made = zip(step.targets, step.program.outputs, strict=True)
+            dirty = {target for target, (_, slot) in made if slot in inner.dirty}
+        else:
+            wanted = not self.asked.isdisjoint(step.node.outputs) or EVERYTHING in self.asked
+            dirty = set(step.targets) if wanted or any(slot in self.dirty for _, slot in step.parameters) else set()
+        self.dirty |= dirty
+        return bool(dirty)
+
+    def inside(self, step: BoundPlan, tracer: Tracer | None = None) -> Recipe:
+        """Return the recipe of a nested pipeline, which may have another cache."""
+        slots = dict(step.shared)
+        if step.inner_map is not None and step.step.map is not None:
+            outside = dict(step.parameters)
+            names = zip(step.inner_map.over, step.step.map.over, strict=True)
+            slots |= {inner: outside[outer] for inner, outer in names}
+        given = frozenset(name for name, slot in slots.items() if slot in self.dirty)
+        asked = {inner for inner, outer in zip(step.wanted, step.names, strict=True) if outer in self.asked}
+        return (tracer or self.tracer).recipe(step.program, given, self.asked | asked)
+
+
+class Trace(list[Any]):
+    """The values of one run of a program, or of one item of a map of it, with what is known of their identity.
+
+    As a list it holds values by slot; :class:`NotLoaded` where one is in the cache and nothing has needed it yet.
+    """
+
+    __slots__ = ("children", "digests", "eager", "hits", "keys", "recipe")
+
+    def __init__(self, recipe: Recipe, values: Iterable[Any], digests: list[Any], *, eager: bool = False) -> None:
+        super().__init__(values)
+        self.recipe = recipe
+        self.digests = digests
+        self.eager = eager
+        """Whether the wanted outputs must be loaded at the end."""
+        count = len(recipe.codes)
+        self.keys: list[str | None] = [None] * count
+        """For each step that is a call, the key of its entry, where it is known."""
+        self.hits: list[bool | None] = [None] * count
+        """For each step whether it is in the cache (a nested pipeline: all of it); None where it is not known."""
+        self.children: dict[BoundPlan, Trace] = {}
+        """Of nested pipelines that are not mapped."""
+
+    def predict(self) -> list[str]:
+        """Work out every key that follows from what is known now; return those not yet looked up. May block."""
+        asked: list[str] = []
+        digests, keys, recipe = self.digests, self.keys, self.recipe
+        codes, all_slots = recipe.codes, recipe.slots
+        for position, step in enumerate(recipe.program.steps):
+            code = codes[position]
+            if code is not None:
+                if keys[position] is not None:
+                    continue
+                pieces = [code.prefix]
+                for slot in all_slots[position]:
+                    digest = digests[slot]
+                    if type(digest) is not bytes:
+                        digest = self._resolved(slot, step)
+                        if digest is None:
+                            break
+                    pieces.append(digest)
+                else:
+                    signature = sha256(b"".join(pieces))
+                    key = keys[position] = signature.hexdigest()
+                    asked.append(key)
+                    targets = step.targets
+                    if step.target >= 0:  # type: ignore[union-attr]
+                        digests[targets[0]] = signature.digest()
+                    else:
+                        made = signature.digest()
+                        for count, target in enumerate(targets):
+                            digests[target] = part(made, count)
+            elif isinstance(step, BoundPlan) and is_inside(step, recipe.tracer.session):
+                asked += self._predict_inside(step)
+        return asked
+
+    def _predict_inside(self, step: BoundPlan) -> list[str]:
+        child = self.child(step)
+        asked = child.predict()
+        for name, slot in step.shared:
+            # What had to be hashed inside need not be hashed again outside.
+            self.digests[slot] = child.digests[step.program.slots[name]]
+        for target, (_, inner) in zip(step.targets, step.program.outputs, strict=True):
+            self.digests[target] = child.digests[inner]
+        return asked
+
+    def child(self, step: BoundPlan) -> Trace:
+        """Return the trace of a nested pipeline that is not mapped, with what is known of its inputs now."""
+        child = self.children.get(step)
+        if child is None:
+            recipe = self.recipe.inside(step)
+            child = self.children[step] = Trace(recipe, step.program.template, recipe.template.copy())
+        for name, slot in step.shared:
+            inner = step.program.slots[name]
+            child[inner] = self[slot]
+            child.digests[inner] = self.digests[slot]
+        return child
+
+    def _resolved(self, slot: int, step: Any) -> Digest | None:
+        """Return the digest of a slot as bytes; None when there is none (yet)."""
+        digest = self.digests[slot]
+        if digest is BY_VALUE:
+            try:
+                digest = hash_value(self[slot])
+            except UncacheableError as error:
+                name = next(name for name, each in step.parameters if each == slot)
+                self.recipe.tracer.session.uncacheable(step.node, f"input {name!r}: {error}")
+                digest = NO_DIGEST
+            self.digests[slot] = digest
+            template = self.recipe.template
+            if template[slot] is BY_VALUE and slot not in self.recipe.program.given_slots:
+                template[slot] = digest
+        if isinstance(digest, Listed):
+            digest = digest.digest
+        return digest if type(digest) is bytes else None
+
+    def input_digests(self, position: int) -> list[Digest]:
+        """Return the digests of a call's inputs, by the sorted names of its parameters."""
+        digests = (self.digests[slot] for slot in self.recipe.slots[position])
+        return [each.digest if type(each) is Listed else each for each in digests]
+
+    def found(self, there: set[str]) -> None:
+        """Note which of the keys that were asked for have an entry."""
+        hits, recipe = self.hits, self.recipe
+        for position, key in enumerate(self.keys):
+            if key is not None and hits[position] is None:
+                hits[position] = key in there and (not recipe.refresh[position] or recipe.tracer.session.has(key))
+        if self.children:
+            for position, step in enumerate(recipe.program.steps):
+                child = self.children.get(step)  # type: ignore[arg-type]
+                if child is not None:
+                    child.found(there)
+                    hits[position] = child.complete
+
+    def forget(self, refused: Mapping[str, str]) -> None:
+        """Note that entries cannot be used after all."""
+        for position, key in enumerate(self.keys):
+            if key in refused:
+                self.hits[position] = False
+        for position, step in enumerate(self.recipe.program.steps):
+            child = self.children.get(step)  # type: ignore[arg-type]
+            if child is not None:
+                child.forget(refused)
+                self.hits[position] = child.complete
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing has to be run."""
+        return all(self.hits)
+
+    def recall(self, position: int) -> None:
+        """Put in place of what a step makes that it is in the cache."""
+        step: Any = self.recipe.program.steps[position]
+        child = self.children.get(step)
+        if child is not None:
+            child.recall_all()
+            for target, (_, inner) in zip(step.targets, step.program.outputs, strict=True):
+                self[target] = child[inner]
+            return
+        key = self.keys[position]
+        assert key is not None
+        if step.target >= 0:
+            self[step.target] = NotLoaded(key)
+        else:
+            for count, target in enumerate(step.targets):
+                self[target] = NotLoaded(key, count)
+
+    def recall_all(self) -> None:
+        """Put in place of everything that it is in the cache."""
+        for position in range(len(self.keys)):
+            self.recall(position)
+
+    def signatures(self, position: int) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Iterate over a step that is in the cache and what is inside: the names that lead there, and the key."""
+        step = self.recipe.program.steps[position]
+        child = self.children.get(step)  # type: ignore[arg-type]
+        if child is None:
+            yield (step.name,), self.keys[position] or ""
+            return
+        for inner in range(len(child.keys)):
+            for path, key in child.signatures(inner):
+                yield (step.name, *path), key
+        yield (step.name,), child.signature()
+
+    def signature(self) -> str:
+        """Return one signature for all wanted outputs."""
+        wanted = [self.digests[slot] for _, slot in self.recipe.program.outputs]
+        if len(wanted) == 1 and type(wanted[0]) is bytes:
+            return wanted[0].hex()
+        flat = [each.digest if isinstance(each, Listed) else each for each in wanted]
+        return listed(each for each in flat if type(each) is bytes).hex()
+
+    def note(self, step: BoundPlan, inside: list[Any], columns: Any) -> None:
+        """Note the digests of what a nested pipeline has made."""
+        for count, (target, (_, slot)) in enumerate(zip(step.targets, step.program.outputs, strict=True)):
+            if columns is not None:
+                self.digests[target] = BY_VALUE
+                if columns.lazy:
+                    items = [FAILED if each is None else each for each in columns.digests[count]]
+                    self.digests[target] = Listed(items, columns.lists[count])
+            else:
+                self.digests[target] = inside.digests[slot] if type(inside) is Trace else BY_VALUE
+
+    def rows_of_digests(self, step: BoundPlan, count: int) -> Iterator[tuple[Any, ...]] | None:
+        """Iterate over the digests of the rows of a nested map; None when all values are to be hashed."""
+        assert step.step.map is not None
+        slots = dict(step.parameters)
+        columns = []
+        for name in step.step.map.over:
+            digest = self.digests[slots[name]]
+            length = count if step.step.map.mode == "zip" else len(self[slots[name]])
+            columns.append(digest.items if type(digest) is Listed else [BY_VALUE] * length)
+        if all(type(self.digests[slots[name]]) is not Listed for name in step.step.map.over):
+            return None
+        return iter(zip(*columns, strict=True) if step.step.map.mode == "zip" else itertools.product(*columns))
+
+    def unloaded(self, slots: Iterable[int]) -> set[str]:
+        """Return the keys of what must be loaded before these slots can be read."""
+        keys: set[str] = set()
+        for slot in slots:
+            value = self[slot]
+            if type(value) is NotLoaded:
+                keys.add(value.key)
+            elif type(digest := self.digests[slot]) is Listed:
+                _collect(value, digest, keys)
+        return keys
+
+    def put_in_place(self, slots: Iterable[int], loaded: Mapping[str, Any]) -> None:
+        """Replace what has been loaded; lists that maps have made are changed themselves."""
+        for slot in slots:
+            self[slot] = _replaced(self[slot], self.digests[slot], loaded)
+
+
+def _collect(values: Sequence[Any], digest: Listed, keys: set[str]) -> None:
+    if values is not digest.values:
+        return  # not the list that the map made: the user's code has it already
+    for value, inner in zip(values, digest.items, strict=False):
+        if type(value) is NotLoaded:
+            keys.add(value.key)
+        elif type(inner) is Listed:
+            _collect(value, inner, keys)
+
+
+def _replaced(value: Any, digest: Any, loaded: Mapping[str, Any]) -> Any:
+    if type(value) is NotLoaded:
+        if value.key not in loaded:
+            return value
+        whole = loaded[value.key]
+        return whole if value.position is None else whole[value.position]
+    if type(digest) is Listed and value is digest.values:
+        for index, (item, inner) in enumerate(zip(value, digest.items, strict=False)):
+            value[index] = _replaced(item, inner, loaded)
+    return value
+
+
+def is_inside(step: BoundPlan, session: CacheSession) -> bool:
+    """Say whether a nested pipeline is part of the same run of the same cache, once and not mapped."""
+    settings = step.program.plan.settings
+    same_cache = settings.cache is INHERIT or (settings.cache is not None and settings.cache == session.store)
+    return step.inner_map is None and same_cache and settings.backend is INHERIT
+
+
+def cached_nodes(program: Program, store: Any) -> Iterator[Node[..., Any]]:
+    """Iterate over the nodes of a program, nested ones too, whose results a store may keep."""
+    for step in program.steps:
+        if isinstance(step, BoundCall):
+            if step.node.cache:
+                yield step.node
+        elif (cache := step.program.plan.settings.cache) is INHERIT or cache == store:
+            yield from cached_nodes(step.program, store)

@@ -1,0 +1,60 @@
+"""Small entries on their way to a store: gathered by all runs of this process, written together."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+MOST_ENTRIES = 2_000
+MOST_BYTES = 8 << 20
+
+
+class WriteBuffer:
+    """What waits to be written to one store, and can be read from here meanwhile. Used by any thread."""
+
+    __slots__ = ("_bytes", "_lock", "_pending", "_writing")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending: dict[str, bytes] = {}
+        self._bytes = 0
+        self._writing: list[dict[str, bytes]] = []
+
+    def put(self, key: str, data: bytes) -> bool:
+        """Add an entry; say whether it is time to write."""
+        with self._lock:
+            self._pending[key] = data
+            self._bytes += len(data)
+            return len(self._pending) >= MOST_ENTRIES or self._bytes >= MOST_BYTES
+
+    def get(self, key: str) -> bytes | None:
+        """Return an entry that has not been written yet."""
+        data = self._pending.get(key)
+        if data is None and self._writing:
+            with self._lock:
+                data = next((batch[key] for batch in reversed(self._writing) if key in batch), None)
+        return data
+
+    def __contains__(self, key: str) -> bool:
+        return self.get(key) is not None
+
+    def take(self) -> dict[str, bytes]:
+        """Return what is to be written now; to be given to :meth:`written` afterwards."""
+        with self._lock:
+            batch, self._pending, self._bytes = self._pending, {}, 0
+            if batch:
+                self._writing.append(batch)
+            return batch
+
+    def written(self, batch: dict[str, bytes]) -> None:
+        """Forget a batch: it is in the store, or lost."""
+        with self._lock:
+            self._writing = [each for each in self._writing if each is not batch]
+
+
+_buffers: dict[Any, WriteBuffer] = {}
+
+
+def buffer_of(identity: Any) -> WriteBuffer:
+    """Return the one buffer of a store in this process."""
+    return _buffers.setdefault(identity, WriteBuffer())

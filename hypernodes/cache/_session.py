@@ -1,0 +1,274 @@
+"""One run's use of one cache: what functions are, which entries there are, and what waits to be written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from hypernodes._cost import CHEAP_S, Cost
+from hypernodes._node import Node
+from hypernodes._signature.code import Fingerprint, fingerprint
+from hypernodes._signature.dependencies import hash_dependencies
+from hypernodes._signature.keys import call_prefix
+from hypernodes._signature.values import hash_value
+from hypernodes._threads import default_threads, in_thread
+from hypernodes.cache._buffer import buffer_of
+from hypernodes.cache._codec import decode, encode
+from hypernodes.cache._envelope import Refused, seal, unseal
+from hypernodes.cache._flight import Flights
+from hypernodes.cache._guard import guard_of
+from hypernodes.cache._ledger import SHORT, History, Ledger, history_name, read_histories, write_histories
+
+SMALL = 64 * 1024
+"""Bytes under which entries are gathered and written together."""
+_log = logging.getLogger("hypernodes")
+_FLIGHTS = Flights()
+
+
+def identity(store: Any) -> Any:
+    """Return what tells stores apart: a directory is the same cache, however often it is opened."""
+    try:
+        hash(store)
+    except TypeError:
+        return id(store)
+    return store
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Code:
+    """What is known of a node's function in one run: the part of its signatures that no input changes."""
+
+    node: Node[..., Any]
+    prefix: bytes
+    names: tuple[str, ...]
+    """Its parameters in the order in which their digests count."""
+    fingerprint: Fingerprint
+    parts: dict[str, str]
+    """Short digests of the parts of its code, of ``version`` and of ``depends_on``, by what to call them."""
+    history: str
+    """The name of the node's history in a store."""
+    saving: Cost
+    """Whether its results are pickled on the loop or in a thread."""
+
+
+class CacheSession:
+    """One run's use of one store. Nothing in it ever fails a run."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self._guard = guard_of(store)
+        self._guard.check()
+        self._identity = identity(store)
+        self._buffer = buffer_of(self._identity)
+        self._secret: bytes | None = getattr(store, "key", None)
+        self._codes: dict[Node[..., Any], Code | None] = {}
+        self._fresh: set[str] = set()
+        self._broken: set[str] = set()
+        self._held: dict[str, Any] = {}
+        self._warned: set[Any] = set()
+        self._reasons: dict[Node[..., Any], str] = {}
+        self.hashing = Cost()
+        """Whether inputs are hashed on the loop or in a thread."""
+        self._loading = Cost()
+        self._ledger = Ledger()
+
+    # ---- functions
+
+    async def learn(self, nodes: Iterable[Node[..., Any]]) -> None:
+        """Fingerprint functions, as they and what they refer to are now."""
+        unknown = [node for node in dict.fromkeys(nodes) if node not in self._codes]
+        if unknown:
+            codes, _ = await in_thread(lambda: [self._code(node) for node in unknown], default_threads())
+            self._codes.update(zip(unknown, codes, strict=True))
+
+    def code(self, node: Node[..., Any]) -> Code | None:
+        """Return what is known of a node's function; None for one that is not cached."""
+        return self._codes.get(node)
+
+    def _code(self, node: Node[..., Any]) -> Code | None:
+        try:
+            print_ = fingerprint(node.func)
+            salts = {} if node.version is None else {"version": hash_value(node.version)}
+            salts |= hash_dependencies(node.depends_on)
+        except Exception as error:  # noqa: BLE001 - reading code and values runs the user's code
+            self.warn(("code", node), f"node {node.name!r} is not cached: {error}")
+            return None
+        names = tuple(sorted(node.parameters))
+        parts = {name: digest[:SHORT].hex() for name, digest in {**print_.parts, **salts}.items()}
+        prefix = call_prefix(print_.digest, names, salts)
+        return Code(node, prefix, names, print_, parts, history_name(_place(node.func), node.outputs), Cost())
+
+    # ---- entries
+
+    async def find(self, keys: Sequence[str]) -> set[str]:
+        """Return which of these keys have an entry."""
+        fresh, broken, buffer = self._fresh, self._broken, self._buffer
+        found = {key for key in keys if key in fresh or key in buffer}
+        unknown = [key for key in keys if key not in found and key not in broken] if found or broken else list(keys)
+        if not unknown:
+            return found
+        if self._guard.can_find:
+            found.update(await self._guard.find_many(unknown))
+        else:
+            got = await self._guard.get_many(unknown)
+            self._held.update(got)
+            found.update(got)
+        return found
+
+    def has(self, key: str) -> bool:
+        """Say whether this run has saved an entry."""
+        return key in self._fresh
+
+    async def load(self, keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the values of entries, and for those that cannot be used why; these count as missing from now on."""
+        sealed: dict[str, Any] = {}
+        missing = []
+        for key in dict.fromkeys(keys):
+            data = self._buffer.get(key)
+            if data is None:
+                data = self._held.pop(key, None)
+            if data is None:
+                missing.append(key)
+            else:
+                sealed[key] = data
+        if missing:
+            sealed.update(await self._guard.get_many(missing))
+        cost = self._loading
+        if cost.inline and len(sealed) == 1:
+            began = time.perf_counter()
+            values, refused = self._opened(sealed)
+            now = time.perf_counter()
+            if now - began > CHEAP_S:
+                cost.doubted(now - began, now)
+        else:
+            (values, refused), seconds = await in_thread(lambda: self._opened(sealed), default_threads())
+            cost.measured(seconds / max(len(sealed), 1))
+        for key in missing:
+            if key not in sealed:
+                refused[key] = "it is no longer there"
+        self._broken.update(refused)
+        self._fresh.difference_update(refused)
+        return values, refused
+
+    def _opened(self, sealed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        values: dict[str, Any] = {}
+        refused: dict[str, str] = {}
+        secret = self._secret
+        for key, data in sealed.items():
+            try:
+                codec, _, payload = unseal(key, data, secret)
+                values[key] = decode(codec, payload)
+            except Refused as error:
+                refused[key] = str(error)
+            except Exception as error:  # noqa: BLE001 - unpickling runs the user's code
+                refused[key] = f"it cannot be rebuilt: {type(error).__name__}: {error}"
+        return values, refused
+
+    async def save(self, code: Code, key: str, value: Any, seconds: float, digests: Iterable[bytes]) -> int | None:
+        """Store what a call made; return its size in bytes, or None when it cannot be stored."""
+        # What a function has made is kept, also when the run is cancelled by now.
+        with anyio.CancelScope(shield=True):
+            cost = code.saving
+            if cost.inline:
+                began = time.perf_counter()
+                sealed = self._sealed(code, key, value, seconds)
+                now = time.perf_counter()
+                if now - began > CHEAP_S:
+                    cost.doubted(now - began, now)
+            else:
+                sealed, spent = await in_thread(lambda: self._sealed(code, key, value, seconds), default_threads())
+                cost.measured(spent)
+            if sealed is None:
+                return None
+            self._broken.discard(key)
+            size = sum(len(piece) if type(piece) is bytes else memoryview(piece).nbytes for piece in sealed)
+            if size < SMALL:
+                self._fresh.add(key)
+                if self._buffer.put(key, b"".join(sealed)):
+                    await self.flush()
+            elif not await self._guard.set_many({key: sealed}):
+                return None
+            else:
+                self._fresh.add(key)
+            self._ledger.note(code.history, code.names, code.parts, key, seconds, digests)
+        return size
+
+    def _sealed(self, code: Code, key: str, value: Any, seconds: float) -> list[Any] | None:
+        try:
+            codec, payload = encode(value)
+        except Exception as error:  # noqa: BLE001 - pickling runs the user's code
+            self.warn(
+                ("output", code.node),
+                f"what node {code.node.name!r} returns is not cached: it cannot be pickled ({error}); "
+                f"say cache=False to be quiet about it",
+            )
+            return None
+        meta = json.dumps({"node": code.node.name, "at": round(time.time(), 3), "seconds": round(seconds, 6)})
+        return seal(key, codec, meta.encode(), payload, self._secret)
+
+    async def once(self, key: str, compute: Callable[[], Awaitable[Any]]) -> tuple[Any, bool]:
+        """Compute what several ask for at the same time once; say whether this caller did it."""
+        return await _FLIGHTS.once((self._identity, key), compute)
+
+    # ---- writing
+
+    async def flush(self) -> None:
+        """Write what waits to be written."""
+        batch = self._buffer.take()
+        if batch:
+            try:
+                if not await self._guard.set_many(batch):
+                    self._fresh.difference_update(batch)
+            finally:
+                self._buffer.written(batch)
+
+    def remember(self, noted: Mapping[str, History]) -> None:
+        """Take over what the session of a worker process has noted of its entries."""
+        self._ledger.add(noted)
+
+    def noted(self) -> dict[str, History]:
+        """Return what this session has noted of its entries, for another one to write."""
+        return self._ledger.take()
+
+    async def histories(self, names: Iterable[str]) -> dict[str, History]:
+        """Return what is remembered of nodes, by the names of their histories."""
+        return await read_histories(self._guard, names, self._secret)
+
+    async def aclose(self) -> None:
+        """Write what is left."""
+        await self.flush()
+        if noted := self._ledger.take():
+            await write_histories(self._guard, noted, self._secret)
+
+    # ---- what the user should know
+
+    def uncacheable(self, node: Node[..., Any], reason: str) -> None:
+        """Note why a node's results cannot be cached, and say so once."""
+        self._reasons[node] = reason
+        self.warn(("input", node), f"node {node.name!r} is not cached: {reason}")
+
+    def reason(self, node: Node[..., Any]) -> str:
+        """Return why a node's results cannot be cached."""
+        return self._reasons.get(node, "an input is not known by value")
+
+    def warn(self, about: Any, message: str) -> bool:
+        """Say something once in a run; return whether this was the first time."""
+        if about in self._warned:
+            return False
+        self._warned.add(about)
+        _log.warning("%s", message)
+        return True
+
+
+def _place(func: Any) -> str:
+    """Return where a function was written: its module and qualified name."""
+    while hasattr(func, "func"):
+        func = func.func
+    kind = func if hasattr(func, "__qualname__") else type(func)
+    return f"{kind.__module__}.{kind.__qualname__}"
