@@ -27,13 +27,13 @@ BATCH = 512
 _MOST_REPAIRS = 100
 
 
-async def values_for(
+async def trace_for(
     scope: Scope,
     program: Program,
     inputs: Mapping[str, Any],
     around: tuple[list[Any], BoundPlan] | None = None,
-) -> list[Any]:
-    """Return the values that a run of a program begins with: a trace where there is a cache.
+) -> Trace:
+    """Return the trace that a run of a program begins with.
 
     Args:
         scope: the pipeline that is run.
@@ -42,11 +42,7 @@ async def values_for(
         around: the values of the pipeline around it, which may know the digests of the inputs, and its step.
     """
     tracer = scope.cache
-    if tracer is None:
-        values = program.template.copy()
-        for name, value in inputs.items():
-            values[program.slots[name]] = value
-        return values
+    assert tracer is not None
     outer, step = around or (None, None)
     known: dict[str, Any] = {}
     if isinstance(outer, Trace) and step is not None:
@@ -61,6 +57,33 @@ async def values_for(
         trace[slot] = value
         trace.digests[slot] = known.get(name, BY_VALUE)
     return trace
+
+
+async def run_traced(
+    scope: Scope,
+    trace: Any,
+    index: int | None,
+    window: MapRun | None,
+    run_step: RunStep,
+    side_by_side: Callable[..., Awaitable[None]] | None,
+) -> None:
+    """Run the steps of a trace that are not in the cache: in order, or by ``side_by_side`` every ready one at once."""
+    run, program = scope.run, trace.recipe.program
+    if None in trace.hits:
+        await look_up([trace])
+    if side_by_side is None or trace.complete:
+        for position in range(len(program.steps)):
+            if not trace.hits[position] and window is not None and window.hungry:
+                window.grow()
+            await cached_step(scope, trace, position, index, run_step)
+            if perf_counter() > run.yield_at:
+                await run.breathe()
+    else:
+        await side_by_side(
+            scope, program, window, lambda position: cached_step(scope, trace, position, index, run_step)
+        )
+    if trace.eager:
+        await load(scope, trace, [slot for _, slot in program.outputs], index, run_step)
 
 
 async def look_up(traces: Iterable[Trace]) -> None:
@@ -302,14 +325,15 @@ class CachedMapRun(MapRun):
 
     async def _load_complete(self, traces: list[Trace]) -> None:
         """Load the outputs of all items that are in the cache; those whose entries cannot be used are run."""
-        wanted = self._wanted
         complete = [trace for trace in traces if trace.complete]
+        if not complete:
+            return
+        wanted, session = self._wanted, self._start.recipe.tracer.session
+        keys: set[str] = set()
         for trace in complete:
             trace.recall_all()
-        keys = set().union(*(trace.unloaded(wanted) for trace in complete)) if complete else set()
-        if not keys:
-            return
-        loaded, refused = await self._start.recipe.tracer.session.load(keys)
+            keys |= trace.unloaded(wanted)
+        loaded, refused = await session.load(keys)
         if refused:
             _tell_refused(self._scope, refused, None)
         for trace in complete:

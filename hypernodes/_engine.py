@@ -6,9 +6,10 @@ frontier, and a worker starts the next one only when it is about to wait and non
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from time import time as unix_time
 from types import CoroutineType
@@ -17,7 +18,6 @@ from typing import Any
 import anyio
 
 from hypernodes import events as ev
-from hypernodes._cached import CachedMapRun, cached_step, load, look_up, values_for
 from hypernodes._calls import call_node, unpack
 from hypernodes._context import await_in_copy
 from hypernodes._cost import CHEAP_S
@@ -31,7 +31,6 @@ from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, BoundStep, Places, Program, bind
 from hypernodes._run import Job, MapWork, Mode, Origin, Place, Run, Scope, Sink
 from hypernodes._threads import DEFAULT_THREADS
-from hypernodes._trace import Trace
 from hypernodes.errors import DefinitionError, NodeTimeoutError
 
 _MODES = ("sequential", "async", "threaded", "parallel")
@@ -113,6 +112,29 @@ class PipelineExecutionEngine:
         await _run_map(MapWork(scope, program, job.inputs, job.map, job.feed, job.total, sink), template)
 
 
+async def values_for(
+    scope: Scope, program: Program, inputs: Mapping[str, Any], around: tuple[list[Any], BoundPlan] | None = None
+) -> list[Any]:
+    """Return what a run of a program begins with: its values by slot, or the trace of them where there is a cache."""
+    if scope.cache is not None:
+        # Imported by those alone who have a cache.
+        from hypernodes._cached import trace_for
+
+        return await trace_for(scope, program, inputs, around)
+    values = program.template.copy()
+    for name, value in inputs.items():
+        values[program.slots[name]] = value
+    return values
+
+
+def _map_run(scope: Scope) -> type[MapRun]:
+    if scope.cache is None:
+        return MapRun
+    from hypernodes._cached import CachedMapRun
+
+    return CachedMapRun
+
+
 async def _run_pipeline(scope: Scope, program: Program, values: list[Any], inputs: Mapping[str, Any]) -> None:
     emit = scope.emit
     if emit is None:
@@ -146,8 +168,7 @@ async def _run_map(work: MapWork, template: list[Any]) -> None:
         if engine.map_execution == "parallel":
             await run.workers(scope.backend).map(work, template)
         else:
-            kind = CachedMapRun if scope.cache is not None else MapRun
-            await kind(work, template, item_runner(scope), limit=engine.items_at_once(work.spec)).run()
+            await _map_run(scope)(work, template, item_runner(scope), limit=engine.items_at_once(work.spec)).run()
     except BaseException as error:
         if ev.PipelineFailed in emit.kinds:
             emit(ev.PipelineFailed(run.run_id, path, unix_time(), error))
@@ -206,8 +227,12 @@ async def run_steps(
     run = scope.run
     watched = scope.emit is not None
     in_order = program.linear or scope.engine.node_execution == "sequential"
-    if type(values) is Trace:
-        await _run_traced(scope, values, index, window, in_order=in_order)
+    if scope.cache is not None:
+        from hypernodes._cached import run_traced
+
+        await run_traced(
+            scope, values, index, window, in_order=in_order, run_step=_run_step, side_by_side=_side_by_side
+        )
         return
     path: Path = ()
     before = perf_counter()
@@ -262,37 +287,29 @@ async def run_steps(
             await _run_step(scope, step, values, index)
             before = now = perf_counter()
         else:
-            await _side_by_side(scope, program, values, index, window, done)
+            one = partial(_run_positioned, scope, program, values, index)
+            await _side_by_side(scope, program, window, one, done)
             return
         if now > run.yield_at:
             await run.breathe()
             before = perf_counter()
 
 
-async def _run_traced(scope: Scope, trace: Trace, index: int | None, window: MapRun | None, *, in_order: bool) -> None:
-    """Run the steps of a trace that are not in the cache."""
-    run, program = scope.run, trace.recipe.program
-    if None in trace.hits:
-        await look_up([trace])
-    if in_order or trace.complete:
-        for position in range(len(program.steps)):
-            if not trace.hits[position] and window is not None and window.hungry:
-                window.grow()
-            await cached_step(scope, trace, position, index, _run_step)
-            if perf_counter() > run.yield_at:
-                await run.breathe()
-    else:
-        await _side_by_side(scope, program, trace, index, window, 0)
-    if trace.eager:
-        await load(scope, trace, [slot for _, slot in program.outputs], index, _run_step)
+def _run_positioned(
+    scope: Scope, program: Program, values: list[Any], index: int | None, position: int
+) -> Awaitable[None]:
+    return _run_step(scope, program.steps[position], values, index)
 
 
 async def _side_by_side(
-    scope: Scope, program: Program, values: list[Any], index: int | None, window: MapRun | None, done: int
+    scope: Scope,
+    program: Program,
+    window: MapRun | None,
+    run_one: Callable[[int], Awaitable[None]],
+    done: int = 0,
 ) -> None:
-    """Run the steps after the first ``done`` ones, every ready one at once."""
+    """Run the steps after the first ``done`` ones, by their positions, every ready one at once."""
     run = scope.run
-    traced = type(values) is Trace
     frontier = Frontier(program, done)
     ready = frontier.ready
     starting = False
@@ -309,10 +326,7 @@ async def _side_by_side(
                     crew.start(work)
                 if window is not None and window.hungry:
                     window.grow()
-            if traced:
-                await cached_step(scope, values, position, index, _run_step)  # type: ignore[arg-type]
-            else:
-                await _run_step(scope, step, values, index)
+            await run_one(position)
             frontier.finish(position)
             if perf_counter() > run.yield_at:
                 await run.breathe()
@@ -395,7 +409,7 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
     backend = program.plan.settings.backend
     elsewhere = backend is not INHERIT and backend is not scope.backend
     child = scope.inside(program.plan, path)
-    lazy = type(values) is Trace and child.cache is not None and not elsewhere
+    lazy = scope.cache is not None and child.cache is not None and not elsewhere
     if step.step.map is not None:
         rows = listed_rows(step.step.map, step.inputs(values), f"nested pipeline {step.name!r}")
         feed, total = ListFeed(rows), rows.count
@@ -429,20 +443,23 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
             origin = _origin(scope, step, values, index, total) if lazy else None
             await _run_map(MapWork(child, program, shared, spec, feed, total, columns, origin), inside)
             results = columns.lists
-        if type(values) is Trace:
-            values.note(step, inside, columns)
+        if scope.cache is not None:
+            trace: Any = values
+            trace.note(step, inside, columns)
     for target, result in zip(step.targets, results, strict=True):
         values[target] = result
 
 
-def _origin(scope: Scope, step: BoundPlan, values: list[Any], index: int | None, total: int | None) -> Origin:
+def _origin(scope: Scope, step: BoundPlan, trace: Any, index: int | None, total: int | None) -> Origin:
     """Return where a nested map's inputs come from, as far as a cache is concerned."""
-    assert isinstance(values, Trace)
-    assert step.step.map is not None
+    from hypernodes._cached import load
+
+    spec = step.step.map
+    assert spec is not None
 
     async def reload() -> tuple[Mapping[str, Any], list[tuple[Any, ...]]]:
-        await load(scope, values, [slot for _, slot in step.parameters], index, _run_step)
-        rows = listed_rows(step.step.map, step.inputs(values), f"nested pipeline {step.name!r}")  # type: ignore[arg-type]
-        return {name: values[slot] for name, slot in step.shared}, list(rows)
+        await load(scope, trace, [slot for _, slot in step.parameters], index, _run_step)
+        rows = listed_rows(spec, step.inputs(trace), f"nested pipeline {step.name!r}")
+        return {name: trace[slot] for name, slot in step.shared}, list(rows)
 
-    return Origin(values.rows_of_digests(step, total or 0), reload)
+    return Origin(trace.rows_of_digests(step, total or 0), reload)

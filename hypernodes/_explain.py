@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from hypernodes._cached import BATCH, look_up, values_for
-from hypernodes._engine import PipelineExecutionEngine
+from hypernodes._cached import BATCH, look_up
+from hypernodes._engine import PipelineExecutionEngine, values_for
 from hypernodes._feed import END
 from hypernodes._mapping import Path, listed_rows
 from hypernodes._program import BoundCall, BoundPlan, Program, bind
