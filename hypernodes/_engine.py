@@ -230,9 +230,7 @@ async def run_steps(
     if scope.cache is not None:
         from hypernodes._cached import run_traced
 
-        await run_traced(
-            scope, values, index, window, in_order=in_order, run_step=_run_step, side_by_side=_side_by_side
-        )
+        await run_traced(scope, values, index, window, _run_step, None if in_order else _side_by_side)
         return
     path: Path = ()
     before = perf_counter()
