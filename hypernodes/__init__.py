@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from hypernodes import backend, cache, errors, events
     from hypernodes._callbacks import CallbackContext, PipelineCallback
     from hypernodes._definition import NestedPipeline
-    from hypernodes._explain import Explanation, NodeExplanation, Reason
+    from hypernodes._explanation import Explanation, NodeExplanation, Reason
     from hypernodes._mapping import ItemFailure, ItemResult, MapResult
     from hypernodes._node import Input, Node, node
     from hypernodes._pipeline import Pipeline
@@ -84,17 +84,17 @@ _HOMES = {
     "INHERIT": "_plan",
     "CallbackContext": "_callbacks",
     "DiskCache": "cache",
-    "Explanation": "_explain",
+    "Explanation": "_explanation",
     "Input": "_node",
     "ItemFailure": "_mapping",
     "ItemResult": "_mapping",
     "MapResult": "_mapping",
     "NestedPipeline": "_definition",
     "Node": "_node",
-    "NodeExplanation": "_explain",
+    "NodeExplanation": "_explanation",
     "Pipeline": "_pipeline",
     "PipelineCallback": "_callbacks",
-    "Reason": "_explain",
+    "Reason": "_explanation",
     "RetryPolicy": "_retry",
     "node": "_node",
 }

@@ -2,174 +2,23 @@
 
 from __future__ import annotations
 
-import html
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from hypernodes._cached import BATCH, look_up
 from hypernodes._engine import PipelineExecutionEngine, values_for
+from hypernodes._explanation import Explanation, NodeExplanation, Reason, Status
 from hypernodes._feed import END
-from hypernodes._mapping import Path, listed_rows
+from hypernodes._mapping import listed_rows
 from hypernodes._program import BoundCall, BoundPlan, Program, bind
 from hypernodes._run import Job, Run, Scope
 from hypernodes._trace import BY_VALUE, Listed, Trace
 from hypernodes.cache._ledger import SHORT, CodeRecord, History
-from hypernodes.events import NotLoaded, format_path
+from hypernodes.events import NotLoaded
 
-Status = Literal["hit", "miss", "uncached", "unknown"]
-Why = Literal[
-    "new",
-    "code",
-    "version",
-    "depends_on",
-    "input",
-    "upstream",
-    "gone",
-    "refresh",
-    "not cached",
-    "uncacheable",
-    "unknown",
-]
 _NEVER_RUN: Any = object()
-
-
-class Reason(NamedTuple):
-    """Why a node would run: what kind of thing changed since the nearest earlier entry, and its name."""
-
-    why: Why
-    name: str = ""
-
-    def __str__(self) -> str:
-        return _TEXTS[self.why].format(self.name)
-
-
-_TEXTS: dict[str, str] = {
-    "new": "nothing like it has been computed before",
-    "code": "changed: {}",
-    "version": "its version changed",
-    "depends_on": "changed: {}",
-    "input": "input {!r} is new",
-    "upstream": "input {!r} will be computed anew",
-    "gone": "it was stored once, and is no longer there",
-    "refresh": "it is to be recomputed",
-    "not cached": "{}",
-    "uncacheable": "{}",
-    "unknown": "it depends on {!r}, which is known once it has been computed",
-}
-
-
-class NodeExplanation(NamedTuple):
-    """What would happen with one node, or with one item's: ``path`` leads there, as in events and errors."""
-
-    path: Path
-    status: Status
-    """``"hit"``: not run; ``"miss"``: run and stored; ``"uncached"``: run and not stored; ``"unknown"``: that depends
-    on a value which is known only once it has been computed."""
-    reasons: tuple[Reason, ...] = ()
-    seconds: float | None = None
-    """How long such a call took before, on average."""
-    opaque: tuple[str, ...] = ()
-    """What its code refers to and could not be looked into, such as a client: it counts by its class alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What a run would do; prints as a table, in a notebook as HTML."""
-
-    name: str
-    nodes: tuple[NodeExplanation, ...]
-
-    def __iter__(self) -> Iterator[NodeExplanation]:
-        return iter(self.nodes)
-
-    def __len__(self) -> int:
-        return len(self.nodes)
-
-    def count(self, status: Status) -> int:
-        """Return how many calls have a status."""
-        return sum(each.status == status for each in self.nodes)
-
-    @property
-    def hits(self) -> int:
-        """How many calls would be answered by the cache."""
-        return self.count("hit")
-
-    @property
-    def misses(self) -> int:
-        """How many calls would run and be stored."""
-        return self.count("miss")
-
-    @property
-    def seconds(self) -> float:
-        """Seconds that the calls which would run took before, as far as that is known; one after another."""
-        return sum(each.seconds or 0.0 for each in self.nodes if each.status != "hit")
-
-    def __getitem__(self, name: str) -> NodeExplanation:
-        """Return what is said of the first node of this name, whatever pipeline it is in."""
-        for each in self.nodes:
-            if each.path[-1] == name:
-                return each
-        raise KeyError(name)
-
-    def _rows(self) -> list[tuple[str, str, str, str]]:
-        groups: dict[Path, list[NodeExplanation]] = {}
-        for each in self.nodes:
-            groups.setdefault(tuple(part for part in each.path[1:] if isinstance(part, str)), []).append(each)
-        rows = []
-        for path, members in groups.items():
-            mapped = any(isinstance(part, int) for part in members[0].path)
-            counts = Counter(each.status for each in members)
-            states = ", ".join(f"{counts[each]:,} {each}" if mapped else each for each in _STATUSES if counts[each])
-            reasons = Counter(reason for each in members for reason in each.reasons)
-            most = reasons.most_common(_MOST_REASONS)
-            listed = [f"{reason} ({count:,})" if mapped else str(reason) for reason, count in most]
-            if len(reasons) > _MOST_REASONS:
-                listed.append("...")
-            opaque = sorted({name for each in members for name in each.opaque})
-            if opaque:
-                listed.append(f"not looked into: {', '.join(opaque)}")
-            seconds = sum(each.seconds or 0.0 for each in members if each.status != "hit")
-            rows.append((format_path(path), states, _duration(seconds), "; ".join(listed)))
-        return rows
-
-    def __str__(self) -> str:
-        rows = [("node", "cache", "took", "why"), *self._rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [self._summary()]
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-            lines.append("  ".join([*cells, row[3]]).rstrip())
-        return "\n".join(lines)
-
-    def _summary(self) -> str:
-        parts = [f"{self.count(status):,} {status}" for status in _STATUSES if self.count(status)]
-        took = f"; what runs took {_duration(self.seconds)} before" if self.seconds else ""
-        return f"{self.name}: {', '.join(parts) or 'nothing to run'}{took}"
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th style='text-align:left'>{each}</th>" for each in ("node", "cache", "took", "why"))
-        body = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self._rows()
-        )
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f"<div>{html.escape(self._summary())}</div>{table}"
-
-
-_STATUSES: tuple[Status, ...] = ("hit", "miss", "uncached", "unknown")
-_MOST_REASONS = 3
-
-
-def _duration(seconds: float) -> str:
-    if not seconds:
-        return ""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+"""In place of a value that is known only once it has been computed."""
 
 
 async def explain(job: Job) -> Explanation:

@@ -26,7 +26,7 @@ from hypernodes.backend import Backend, LocalBackend
 from hypernodes.errors import DependencyError, PipelineRecursionError, quoted
 
 if TYPE_CHECKING:
-    from hypernodes._explain import Explanation
+    from hypernodes._explanation import Explanation
 
 _DEFAULT_BACKEND = LocalBackend()
 _MOST_RECURSION = 50
@@ -328,7 +328,7 @@ class Pipeline(PipelineDefinition):
         """Say what a run would do, before it does it: for each node and item a hit or a miss, and why.
 
         Nothing is run and nothing stored; lists that are mapped over are loaded from the cache. What is said of each
-        node is data (:class:`~hypernodes.cache.NodeExplanation`); the whole prints as a table.
+        node is data (:class:`~hypernodes.NodeExplanation`); the whole prints as a table.
 
         Args:
             inputs: values by name, as for :meth:`arun`, or with ``map_over`` as for :meth:`amap`.

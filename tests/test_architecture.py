@@ -24,7 +24,7 @@ ROOMS = [
     ["_signature"],
     ["_plan"],
     ["_program"],
-    ["_frontier", "_strict", "_table"],
+    ["_explanation", "_frontier", "_strict", "_table"],
     ["_callbacks"],
     ["_context", "_crew", "_feed", "_stream", "_threads", "_traceback"],
     ["cache"],
@@ -55,6 +55,7 @@ PURE = [
     "_plan",
     "_program",
     "_frontier",
+    "_explanation",
     "_strict",
     "_table",
 ]
