@@ -1,14 +1,33 @@
 """What a fingerprint of code depends on: every edit that can change a result, none that cannot, the code that runs."""
 
+import ast
+import builtins
+import functools
+import gc
+import importlib
+import importlib.metadata
 import json
+import linecache
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from hypernodes._signature import origin
+from hypernodes._signature.bytecode import bytecode_digest
+from hypernodes._signature.code import _known, fingerprint, hash_code, hash_dependencies
+from hypernodes._signature.values import hash_value
+from hypernodes.errors import UncacheableError
 
 HERE = Path(__file__).parent
 PROJECT = HERE / "fingerprint_project"
@@ -23,6 +42,8 @@ class Edit(NamedTuple):
     changed: tuple[str, ...] = ()
 
 
+DEPTH = "global 'DEPTH' (module 'pkg.numbers')"
+DOC = "class 'Doc' (module 'job')"
 JOB = "function 'job' (module 'job')"
 ENCODER = "class 'Encoder' (module 'job')"
 WRAPPER = "'logged.<locals>.decorate.<locals>.wrapper'"
@@ -42,8 +63,8 @@ EDITS = {
     "global set": Edit("job.py", '"y", "z"}', '"y"}', ("global 'ALLOWED' (module 'job')",)),
     "global pattern": Edit("job.py", '"[a-z]+"', '"[a-z]*"', ("global 'WORD' (module 'job')",)),
     "attribute of a module": Edit("consts.py", "0.25", "0.5", ("global 'RATE' (module 'consts')",)),
-    "attribute of a module's module": Edit("pkg/numbers.py", "= 30", "= 33", ("global 'DEPTH' (module 'pkg.numbers')",)),
-    "helper": Edit("tools.py", "+ [BASE]", "+ [BASE, 0]", ("function 'helper' (module 'tools')",)),
+    "attribute of a module's module": Edit("pkg/numbers.py", "= 30", "= 33", (DEPTH,)),
+    "helper": Edit("tools.py", ", BASE]", ", BASE, 0]", ("function 'helper' (module 'tools')",)),
     "helper's helper": Edit("tools.py", '+ "leaf"', '+ "leaves"', ("function 'leaf' (module 'tools')",)),
     "helper's global": Edit("tools.py", "BASE = 100", "BASE = 101", ("global 'BASE' (module 'tools')",)),
     "function under another name": Edit("tools.py", "x * 2", "x * 3", ("function 'scaled' (module 'tools')",)),
@@ -73,19 +94,19 @@ EDITS = {
     "class method": Edit("job.py", 'return "named"', 'return "name"', (ENCODER,)),
     "static method": Edit("job.py", '"plain" + salt', '"plain"', (ENCODER,)),
     "default of a method": Edit("job.py", 'salt="salt"', 'salt="pepper"', (ENCODER,)),
-    "method into property": Edit("job.py", "@classmethod\n    def named(cls", "@property\n    def named(cls", (ENCODER,)),
+    "method into property": Edit("job.py", "@classmethod\n    def named", "@property\n    def named", (ENCODER,)),
     "class attribute": Edit("job.py", "dim = 4", "dim = 5", (ENCODER,)),
     "function as a class attribute": Edit("tools.py", '"built"', '"build"', ("function 'build' (module 'tools')",)),
     "method of a base class": Edit("job.py", "return 10", "return 12", ("class 'Base' (module 'job')",)),
     "attribute of a base class": Edit("job.py", "ratio = 0.1", "ratio = 0.2", ("class 'Base' (module 'job')",)),
     "other base class": Edit("job.py", "Encoder(Base, ", "Encoder(", (ENCODER, "class 'Base' (module 'job')")),
     "metaclass": Edit("job.py", "__call__(*args)", "__call__(*args[:1])", ("class 'Meta' (module 'job')",)),
-    "default of a field": Edit("job.py", "score: float = 0.5", "score: float = 0.6", ("class 'Doc' (module 'job')",)),
-    "type of a field": Edit("job.py", "score: float", "score: int", ("class 'Doc' (module 'job')",)),
+    "default of a field": Edit("job.py", "score: float = 0.5", "score: float = 0.6", (DOC,)),
+    "type of a field": Edit("job.py", "score: float", "score: int", (DOC,)),
     "field option": Edit(
-        "job.py", "default_factory=make_tags", "default_factory=make_tags, compare=False", ("class 'Doc' (module 'job')",)
+        "job.py", "factory=make_tags", "factory=make_tags, compare=False", (DOC,)
     ),
-    "dataclass option": Edit("job.py", "@dataclass\n", "@dataclass(order=True)\n", ("class 'Doc' (module 'job')",)),
+    "dataclass option": Edit("job.py", "@dataclass\n", "@dataclass(order=True)\n", (DOC,)),
     "default factory": Edit("job.py", 'return ["new"]', "return []", ("function 'make_tags' (module 'job')",)),
     "enum member's value": Edit("job.py", "RED = 1", "RED = 3", ("class 'Color' (module 'job')",)),
     "enum member": Edit("job.py", "GREEN = 2", "GREEN = 2\n    BLUE = 3", ("class 'Color' (module 'job')",)),
@@ -155,17 +176,21 @@ NON_EDITS = {
     "docstring of a class": Edit("job.py", '"""Encodes."""', '"""Encodes words."""'),
     "docstring of a method": Edit("job.py", '"""Encode."""', '"""Encode one."""'),
     "docstring of a module": Edit("tools.py", '"""Helpers."""', '"""Other helpers."""'),
-    "line breaks": Edit("job.py", "(helper(words), resized(label)", "(\n            helper(words),\n  resized( label )"),
+    "line breaks": Edit(
+        "job.py", "(helper(words), resized(label)", "(\n            helper(words),\n  resized( label )"
+    ),
     "quotes": Edit("job.py", '"{text!r:>10}"', "'{text!r:>10}'"),
     "parentheses": Edit("job.py", "return x.upper()", "return (x).upper()"),
-    "annotations": Edit("job.py", 'job(text, top_k=5, *, sep=" "):', 'job(text: str, top_k: "int"=5, *, sep=" ")->"x":'),
+    "annotations": Edit(
+        "job.py", 'job(text, top_k=5, *, sep=" "):', 'job(text: str, top_k: "int"=5, *, sep=" ")->"x":'
+    ),
     "annotation of a local variable": Edit("job.py", "words: list = ", "words = "),
     "moved down": Edit("job.py", "LIMIT = 3", "\n\n\n\nLIMIT = 3"),
     "unused function": Edit("job.py", "def unused(x):\n    return x", "def unused(x):\n    return [x]"),
     "unused global": Edit("job.py", "UNUSED = 1", "UNUSED = 2"),
     "unused attribute of a module": Edit("consts.py", "OTHER = 1", "OTHER = 2"),
     "unused name of a module imported in the body": Edit("lazy_names.py", "OTHER = 21", "OTHER = 22"),
-    "other import": Edit("consts.py", "import pkg.numbers as nested", "import os\nimport pkg.numbers as nested"),
+    "other import": Edit("consts.py", "import pkg", "import os\nimport pkg"),
     "order of functions": Edit(
         "tools.py",
         "def scaled(x):\n    return x * 2\n\n\ndef shrunk(x):\n    return x / 2\n",
@@ -180,7 +205,9 @@ NON_EDITS = {
     "order of a dict": Edit("job.py", '{"k": 1, "words": ["a", "b"]}', '{"words": ["a", "b"], "k": 1}'),
     "what a global is computed from": Edit("job.py", "LIMIT = 3", "LIMIT = 1 + 2"),
     "options of a node": Edit("job.py", "retry=2", "retry=3, timeout=5"),
-    "how many lines": Edit("tools.py", "    def multiply(x):\n        return", "    def multiply(x):\n\n\n        return"),
+    "how many lines": Edit(
+        "tools.py", "    def multiply(x):\n        return", "    def multiply(x):\n\n\n        return"
+    ),
 }
 
 
@@ -232,3 +259,474 @@ def test_what_changes_no_result_changes_nothing(evaluated, name):
     before, after = evaluated[0], evaluated[1][name]
     assert differing(before, after) == set()
     assert before["digest"] == after["digest"]
+
+
+@pytest.mark.parametrize("options", [("-O",), ("-OO",), ("-B",), ("-X", "no_debug_ranges")], ids=" ".join)
+def test_it_is_the_same_however_python_was_started(evaluated, options):
+    assert run([PROJECT], "3", *options)[0]["digest"] == evaluated[0]["digest"]
+
+
+# ---- the code that runs
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module and imports it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    names = []
+
+    def write(text, name=None, *, load=True):
+        name = name or f"fingerprinted_{len(names)}_{tmp_path.name.replace('-', '_')}"
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+        importlib.invalidate_caches()
+        names.append(name)
+        return importlib.import_module(name) if load else None
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def changed(one, other):
+    return {name for name in {*one.parts, *other.parts} if one.parts.get(name) != other.parts.get(name)}
+
+
+def rewrite(loaded, text):
+    """Edit the file of a module that stays as it was imported."""
+    file = Path(loaded.__file__)
+    file.write_text(textwrap.dedent(text))
+    os.utime(file, ns=(time.time_ns(), time.time_ns() + 10**9))
+
+
+TWICE = "K = 2\ndef f(x):\n    return x * K\n"
+
+
+def test_a_file_edited_after_its_import_changes_nothing_until_it_is_imported_again(module):
+    loaded = module(TWICE)
+    before = fingerprint(loaded.f)
+    rewrite(loaded, TWICE.replace("x * K", "x + K").replace("2", "3"))
+    assert fingerprint(loaded.f) == before
+    importlib.reload(loaded)
+    assert changed(fingerprint(loaded.f), before) == {
+        f"function 'f' (module {loaded.__name__!r})",
+        f"global 'K' (module {loaded.__name__!r})",
+    }
+
+
+def test_old_code_is_never_taken_for_the_new_text_of_its_file(module):
+    old = module(TWICE)
+    rewrite(old, TWICE.replace("x * K", "x + K"))
+    seen_late = fingerprint(old.f)
+    importlib.reload(old)
+    assert seen_late != fingerprint(old.f)
+    assert seen_late.parts[f"function 'f' (module {old.__name__!r})"] == bytecode_digest(module(TWICE).f.__code__)
+
+
+def test_old_code_that_only_moved_in_its_file_is_still_found(module):
+    as_written = module(TWICE)
+    expected = fingerprint(as_written.f)
+    moved = module(TWICE)
+    rewrite(moved, '"""Moved."""\n\n\ndef before():\n    return 1\n\n\n' + TWICE)
+    assert list(fingerprint(moved.f).parts.values()) == list(expected.parts.values())
+
+
+def test_a_class_counts_as_it_is_in_memory(module):
+    text = "class C:\n    n = 1\n    def m(self):\n        return 1\ndef f():\n    return C()\n"
+    loaded = module(text)
+    before = fingerprint(module(text).f)
+    rewrite(loaded, text.replace("n = 1", "n = 2"))
+    assert list(fingerprint(loaded.f).parts.values()) == list(before.parts.values())
+    loaded.C.n = 2
+    assert changed(fingerprint(loaded.f), before) >= {f"class 'C' (module {loaded.__name__!r})"}
+
+
+def test_functions_without_source_count_by_what_they_do():
+    def made(text):
+        names = {"__name__": "made"}
+        exec(text, names)
+        return fingerprint(names["f"])
+
+    plain = made("def f(x):\n    return x + 1")
+    assert made('def f(x):\n    """Doc."""\n    # Comment.\n\n    return (x +\n 1)') == plain
+    assert made("def f(x):\n    return x + 2") != plain
+    assert made("def f(x):\n    return x + 1.0") != plain
+    assert made("def f(x):\n    return x - 1") != plain
+    nested = made("def f(x):\n    return [lambda: y + 1 for y in x]")
+    assert made("def f(x):\n    return [lambda: y + 2 for y in x]") != nested
+
+
+@pytest.mark.parametrize("others", ["", "first = lambda x: x + 1; "])
+def test_lambdas_in_one_line_are_told_apart(module, others):
+    loaded = module(f"{others}one, two = (lambda x: x + 1), (lambda x: (lambda: x + 2))\n")
+    same = module(f"{others}three = lambda x: x + 1\nfour = lambda x: (lambda: x + 2)\n")
+    digests = [list(fingerprint(each).parts.values()) for each in (loaded.one, loaded.two, same.three, same.four)]
+    assert digests[0] == digests[2] != digests[1] == digests[3]
+
+
+def cell(text, number, names):
+    """Run a notebook cell as IPython does: its text is in `linecache`, under a file name that does not exist."""
+    filename = f"/tmp/ipykernel_{os.getpid()}/{number}.py"
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    for each in ast.parse(text, filename).body:
+        exec(compile(ast.Module([each], []), filename, "exec", flags=flags, dont_inherit=True), names)
+
+
+def test_functions_of_notebook_cells_are_read_from_the_cells():
+    names = {"__name__": "__main__", "__builtins__": builtins}
+    cell("K = 3\ndef helper(x):\n    return x + K\n", 1, names)
+    cell("def f(x):\n    # Comment.\n    return helper(x) * 2\n", 2, names)
+    before = fingerprint(names["f"])
+    assert set(before.parts) == {
+        "function 'f' (module '__main__')",
+        "function 'helper' (module '__main__')",
+        "global 'K' (module '__main__')",
+    }
+    assert before.parts["function 'f' (module '__main__')"] != bytecode_digest(names["f"].__code__)
+
+    cell("\n\ndef f(x):\n    return helper(x) * 2\n", 3, names)
+    assert fingerprint(names["f"]) == before
+    cell("K = 4", 4, names)
+    assert changed(fingerprint(names["f"]), before) == {"global 'K' (module '__main__')"}
+    cell("K = 3\ndef helper(x):\n    return x - K\n", 5, names)
+    assert changed(fingerprint(names["f"]), before) == {"function 'helper' (module '__main__')"}
+
+
+def test_a_script_is_the_module_that_it_can_be_imported_as(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from hypernodes._signature.code import fingerprint\n"
+        "def f(x):\n    return x\n"
+        "if __name__ == '__main__':\n    import script\n"
+        "    print(fingerprint(f) == fingerprint(script.f), *fingerprint(f).parts)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "True function 'f' (module 'script')\n"
+
+
+# ---- captured state
+
+READ = {
+    "rebinding": ("K = 3", "return K", "K = 4", "global 'K'"),
+    "type": ("K = 1", "return K", "K = True", "global 'K'"),
+    "item": ("C = {'k': 1}", "return C['k']", "C['k'] = 2", "global 'C'"),
+    "deep item": ("C = {'k': [1]}", "return C['k'][0]", "C['k'][0] = 2", "global 'C'"),
+    "attribute": ("class A: pass\na = A(); a.n = 1", "return a.n", "a.n = 2", "global 'a'"),
+    "class attribute": ("class A: n = 1", "return A.n", "A.n = 2", "class 'A'"),
+    "inherited class attribute": ("class B: n = 1\nclass A(B): pass", "return A.n", "B.n = 2", "class 'B'"),
+    "method": ("class A:\n    def m(self): return 1", "return A().m()", "A.m = lambda self: 2", "class 'A'"),
+    "function": ("def g(): return 1", "return g()", "def g(): return 2", "function 'g'"),
+    "attribute of a function": ("def g(): pass\ng.n = 1", "return g.n", "g.n = 2", "attribute 'n' of global 'g'"),
+    "read of another attribute": (
+        "class A: pass\na = A(); a.n = 1; a.m = 1",
+        "a.n += 1; return a.m",
+        "a.m = 2",
+        "global 'a'",
+    ),
+    "a tensor's add": (
+        "class T:\n    def __init__(self, n): self.n = n\n    def add(self, x): return T(self.n + x)\nt = T(1)",
+        "return t.add(1)",
+        "t.n = 2",
+        "global 't'",
+    ),
+    "local of the same name": ("log = [1]", "def g():\n        log = []; log.append(1)\n    return log", "log[0] = 2",
+                               "global 'log'"),
+    "a tensor in a table": (
+        "class T:\n    def __init__(self, n): self.n = n\n    def add(self, x): return T(self.n + x)\nts = {'a': T(1)}",
+        "return ts['a'].add(1)",
+        "ts['a'].n = 2",
+        "global 'ts'",
+    ),
+    "nothing yet": ("", "return K", "K = 1", "global 'K'"),
+    "docstring": ("def g(): 'one'", "return g.__doc__", "g.__doc__ = 'two'", "attribute '__doc__' of global 'g'"),
+    "unused method that writes": (
+        "class A:\n    w = 1\n    def fit(self): self.w = 5\n    def use(self): return self.w\na = A(); a.w = 2",
+        "return a.use()",
+        "a.fit()",
+        "global 'a'",
+    ),
+}  # fmt: skip
+
+WRITTEN = {
+    "append": ("log = []", "log.append(x)"),
+    "item": ("seen = {}", "seen[x] = 1"),
+    "deleted item": ("seen = {1: 1, 2: 2}", "del seen[x]"),
+    "augmented item": ("from collections import Counter\nn = Counter()", "n[x] += 1"),
+    "deep item": ("seen = {'a': {}}", "seen['a'][x] = 1"),
+    "slice": ("seen = [1, 2]", "seen[0:1] = [x, x]"),
+    "set": ("seen = set()", "seen.add(x)"),
+    "deque": ("from collections import deque\nrecent = deque()", "recent.appendleft(x)"),
+    "setdefault": ("seen = {}", "seen.setdefault(x, []).append(1)"),
+    "through a subscript": ("logs = {'a': []}", "logs['a'].append(x)"),
+    "global": ("n = 0", "global n; n += 1"),
+    "attribute": ("class A: n = 0\na = A(); a.n = 0", "a.n += 1"),
+    "class attribute": ("class A: n = 0", "A.n += 1"),
+    "attribute's list": ("class A: pass\na = A(); a.log = []", "a.log.append(x)"),
+    "method that writes": ("class A:\n    def hit(self): self.n += 1\na = A(); a.n = 0", "a.hit()"),
+    "method that appends": ("class A:\n    def hit(self): self.log.append(1)\na = A(); a.log = []", "a.hit()"),
+    "class method that writes": ("class A:\n    n = 0\n    @classmethod\n    def hit(cls): cls.n += 1", "A.hit()"),
+    "callable object": ("class A:\n    def __call__(self, x): self.n += 1\na = A(); a.n = 0", "a(x)"),
+    "attribute of a function": ("", "f.n = getattr(f, 'n', 0) + 1"),
+    "in a helper": ("log = []\ndef g(x): log.append(x)", "g(x)"),
+    "in a nested function": ("log = []", "(lambda: log.append(x))()"),
+    "in a comprehension": ("log = []", "[log.append(y) for y in [x]]"),
+    "heap": ("import heapq\nheap = []", "heapq.heappush(heap, x)"),
+    "lazily made": ("made = None", "global made\n    if made is None: made = {}\n    made[x] = 1"),
+    "for target": ("class A: pass\na = A(); a.n = 0", "for a.n in (1, 2): pass"),
+    "with target": ("import contextlib\nd = {}", "with contextlib.nullcontext(x) as d[x]: pass"),
+}
+
+
+def made_from(setup, body):
+    """Like a module, with an `f` whose body this is, and with its source or without."""
+    text = f"{setup}\ndef f(x=1):\n    {body}\n"
+    with_source = {"__name__": "captured", "__builtins__": builtins}
+    cell(text, f"captured_{hash(text)}", with_source)
+    without = {"__name__": "captured", "__builtins__": builtins}
+    exec(text, without)
+    return with_source, without
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_code_reads_counts_as_it_is_now(name):
+    setup, body, change, part = READ[name]
+    for names in made_from(setup, body):
+        before = fingerprint(names["f"])
+        exec(change, names)
+        parts = changed(fingerprint(names["f"]), before)
+        assert part in {each.removesuffix(" (module 'captured')") for each in parts}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_code_writes_does_not_count(name):
+    for names in made_from(*WRITTEN[name]):
+        before = fingerprint(names["f"])
+        names["f"](1)
+        names["f"](2)
+        assert changed(fingerprint(names["f"]), before) == set()
+
+
+def test_what_a_function_keeps_in_a_default_is_state():
+    for names in made_from("", "pass\ndef f(x, seen={}, k=[1]):\n    seen[x] = k"):
+        before = fingerprint(names["f"])
+        names["f"](1)
+        assert fingerprint(names["f"]) == before
+        names["f"].__defaults__[1].append(2)
+        assert changed(fingerprint(names["f"]), before) == {"default of 'k' of 'f'"}
+
+
+def test_closure_variables_that_are_rebound_are_state_and_others_are_not():
+    def make(step):
+        count, log = 0, []
+
+        def f():
+            nonlocal count
+            count += step
+            log.append(count)
+
+        return f
+
+    one, two, other = make(1), make(1), make(2)
+    one()
+    assert fingerprint(one) == fingerprint(two)
+    assert {each.partition(" of ")[0] for each in changed(fingerprint(one), fingerprint(other))} == {
+        "closure variable 'step'"
+    }
+
+
+def test_what_can_neither_be_hashed_nor_followed_counts_by_its_class(tmp_path):
+    class Client:
+        def __init__(self, model):
+            self.model, self.lock = model, threading.Lock()
+
+        def ask(self):
+            return self.model
+
+    def make():
+        lock, file, logger = threading.Lock(), (tmp_path / "file").open("w"), logging.getLogger("asked")
+        client, table = Client("small"), {"k": 1, "clients": [Client("large")]}
+
+        def f():
+            logger.info("asked")
+            with lock:
+                return client.ask(), table["clients"][0].ask(), table["k"], file.read()
+
+        file.close()
+        return f, client, table
+
+    f, client, table = make()
+    found = fingerprint(f)
+    assert found == fingerprint(make()[0])
+    assert {re.sub(r" of '.*f'", "", each) for each in found.opaque} == {
+        "closure variable 'lock': _thread.lock",
+        "closure variable 'logger': logging.Logger",
+        "closure variable 'file': _io.TextIOWrapper",
+        "closure variable 'client'.lock: _thread.lock",
+        "closure variable 'table'['clients'][0].lock: _thread.lock",
+    }
+    # What can be hashed beside it still counts.
+    for holder, change in ((table, {"k": 2}), (client.__dict__, {"model": "other"})):
+        before = fingerprint(f)
+        holder.update(change)
+        assert len(changed(fingerprint(f), before)) == 1
+
+
+# ---- other code
+
+
+def test_packages_count_by_their_version_and_the_standard_library_by_pythons(monkeypatch):
+    import numpy
+
+    def f(x):
+        return numpy.mean(x), json.dumps(x), pytest.approx(x)
+
+    before = fingerprint(f)
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    names = {each for each in before.parts if each.startswith(("package", "Python"))}
+    assert names == {
+        f"package 'numpy' {numpy.__version__}",
+        f"package 'pytest' {pytest.__version__}",
+        f"Python {version}",
+    }
+
+    installed = importlib.metadata.distribution
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Newer(installed(name)))
+    origin._parts_of.cache_clear()
+    assert "package 'numpy' 99" in changed(fingerprint(f), before)
+    origin._parts_of.cache_clear()
+
+
+class Newer:
+    """A distribution of another version."""
+
+    def __init__(self, installed):
+        self.read_text = lambda name: re.sub(r"\nVersion: .*", "\nVersion: 99", installed.read_text(name) or "")
+
+
+def test_a_module_is_found_in_a_distribution_of_another_name():
+    import dateutil.parser
+
+    version = importlib.metadata.version("python-dateutil")
+    assert list(origin.foreign_parts(dateutil.parser.__name__)) == [f"package 'python-dateutil' {version}"]
+
+
+def test_functions_of_one_package_are_told_apart():
+    assert fingerprint(json.dumps) != fingerprint(json.loads)
+    assert fingerprint(len) != fingerprint(max)
+    assert fingerprint("a".join) != fingerprint("b".join)
+    assert fingerprint(str.lower) != fingerprint(str.upper)
+
+
+def test_hypernodes_itself_counts_by_its_version():
+    import hypernodes
+
+    def f():
+        return hypernodes.RetryPolicy(attempts=2)
+
+    assert f"package 'hypernodes' {hypernodes.__version__}" in fingerprint(f).parts
+    assert not any(each.startswith("class") for each in fingerprint(f).parts)
+
+
+# ---- code inside of values
+
+
+def test_code_in_values_counts_as_what_it_does():
+    def make(k):
+        return lambda x: x + k
+
+    assert hash_code(make(1)) == hash_code(make(1)) != hash_code(make(2))
+    assert hash_value({"f": [make(1)]}) == hash_value({"f": [make(1)]}) != hash_value({"f": [make(2)]})
+    assert hash_code(functools.partial(make, 1)) != hash_code(functools.partial(make, 2))
+    assert hash_code(Edit) != hash_code(dict)
+    assert hash_code(json) != hash_code(os)
+
+
+def test_a_function_that_reaches_itself_through_a_value_has_a_fingerprint():
+    class Registry:
+        def __init__(self):
+            self.functions = []
+
+    def f():
+        return registry.functions
+
+    registry = Registry()
+    registry.functions.append(f)
+    assert fingerprint(f) == fingerprint(f)
+    before = fingerprint(f)
+    registry.functions.append(len)
+    assert fingerprint(f) != before
+
+
+def test_many_threads_may_ask_at_once(module):
+    text = "".join(f"def f{n}(x):\n    return x + {n}, f{(n + 1) % 40}\n\n" for n in range(40))
+    expected = [list(fingerprint(getattr(module(text), f"f{n}")).parts.values()) for n in range(40)]
+    loaded = module(text)
+    start = threading.Barrier(8)
+
+    def ask(n):
+        start.wait(5)
+        return [list(fingerprint(getattr(loaded, f"f{each}")).parts.values()) for each in range(n, 40, 8)]
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(ask, range(8)))
+    assert all(found[n % 8][n // 8] == expected[n] for n in range(40))
+
+
+def test_what_is_known_of_code_goes_with_it(module):
+    loaded = module("def f(x):\n    return x\n")
+    fingerprint(loaded.f)
+    address = id(loaded.f.__code__)
+    assert address in _known
+    del loaded.f
+    gc.collect()
+    assert address not in _known
+
+
+# ---- depends_on
+
+
+def test_files_and_folders_count_by_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.json").write_text("1")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "folder" / "inner" / "a.txt").write_text("a")
+    asked = ["data.json", tmp_path / "folder", 3, make_nothing]
+    before = hash_dependencies(asked)
+    folder = f"depends_on {str(tmp_path / 'folder')!r}"
+    assert list(before) == ["depends_on 'data.json'", folder, "depends_on[2]", "depends_on 'make_nothing'"]
+    assert hash_dependencies(asked) == before
+
+    os.utime(tmp_path / "data.json", ns=(0, 0))
+    assert hash_dependencies(asked) == before
+    (tmp_path / "data.json").write_text("2")
+    os.utime(tmp_path / "data.json", ns=(0, 0))
+    after = hash_dependencies(asked)
+    assert {each for each in before if before[each] != after[each]} == {"depends_on 'data.json'"}
+
+    for change in (
+        lambda: (tmp_path / "folder" / "inner" / "a.txt").write_text("b"),
+        lambda: (tmp_path / "folder" / "inner" / "a.txt").rename(tmp_path / "folder" / "a.txt"),
+        lambda: (tmp_path / "folder" / "b.txt").touch(),
+    ):
+        before = hash_dependencies(asked)
+        change()
+        after = hash_dependencies(asked)
+        assert {each for each in before if before[each] != after[each]} == {folder}
+
+
+def make_nothing():
+    return None
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UncacheableError, match=r"depends_on 'missing.json' \(in '.*'\): No such file or directory"):
+        hash_dependencies(["missing.json"])
+    with pytest.raises(UncacheableError, match=r"depends_on\[1\]"):
+        hash_dependencies([1, threading.Lock()])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from types import CodeType
 
-from hypernodes._signature.captured import MUTATING_METHODS, Chain, Import, Uses, Writes
+from hypernodes._signature.captured import MUTATING_FUNCTIONS, MUTATING_METHODS, Chain, Import, Uses, Writes
 
 _JUMPS = frozenset(dis.hasjrel) | frozenset(dis.hasjabs)
 _CONSTANTS = frozenset(dis.hasconst)
@@ -93,6 +93,7 @@ class _Use:
         self._free = free
         self._parameters = parameters
         self._imported: set[str] = set()
+        self._next_is_changed = False
         self._at: dict[tuple[int | None, int | None], Chain] = {}
 
     def read(self, code: CodeType) -> None:
@@ -128,12 +129,17 @@ class _Use:
     def _finish(self, chain: Chain) -> None:
         if not chain:
             return
+        if self._next_is_changed:
+            self._writes(chain).mutated.add(chain)
+        self._next_is_changed = chain[-1] in MUTATING_FUNCTIONS
         if chain[0] not in self._parameters:
             self.uses.reads.add(chain)
         if chain[-1] in MUTATING_METHODS and len(chain) > 1:
             self._writes(chain).called.add(chain[:-1])
 
     def _write(self, each: dis.Instruction, start: tuple[int | None, int | None]) -> None:
+        if each.opname != "PUSH_NULL":
+            self._next_is_changed = False
         if each.opname in _REBINDS or (each.opname in _CELL_REBINDS and each.argval in self._free):
             self.uses.outer.rebound.add(each.argval)
         elif each.opname in ("STORE_ATTR", "DELETE_ATTR"):
@@ -143,8 +149,10 @@ class _Use:
                 self._writes(chain).stored.add(stored)
         elif each.opname in _ITEM_STORES and (chain := self._at.get(start)) and None not in start:
             self._writes(chain).mutated.add(chain)
-        elif each.opname == "LOAD_ATTR":
+        elif each.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             self.uses.attributes.add(each.argval)
+            if each.argval in MUTATING_METHODS and (chain := self._at.get(start)) and None not in start:
+                self._writes(chain).called_inside.add(chain)
 
     def _writes(self, chain: Chain) -> Writes:
         return self.uses.parameters if chain[0] in self._parameters else self.uses.outer

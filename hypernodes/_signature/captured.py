@@ -87,6 +87,8 @@ class Writes:
     """``seen[x] = 1``."""
     called: set[Chain] = field(default_factory=set)
     """``log.append(x)``: it changes a list, but adding two tensors changes neither."""
+    called_inside: set[Chain] = field(default_factory=set)
+    """``logs["a"].append(x)``: the same for what it contains."""
 
 
 @dataclass(slots=True)
@@ -228,9 +230,9 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         if isinstance(node.func, ast.Attribute) and node.func.attr in MUTATING_METHODS:
-            chain, _ = _chain(node.func.value)
+            chain, whole = _chain(node.func.value)
             if chain:
-                self._wrote("called", chain)
+                self._wrote("called" if whole else "called_inside", chain)
         elif node.args and _last_name(node.func) in MUTATING_FUNCTIONS:
             chain, _ = _chain(node.args[0])
             if chain:

@@ -117,7 +117,7 @@ def _written(func: FunctionType, owner: Any, *, sets: bool) -> set[str]:
     first = func.__code__.co_varnames[:1]
     found = {chain[1] for chain in writes.mutated if chain[:1] == first and len(chain) > 1}
     found |= {chain[1] for chain in writes.stored if chain[:1] == first and (sets or len(chain) > 2)}
-    for chain in writes.called:
+    for chain in writes.called | writes.called_inside:
         if chain[:1] == first and len(chain) > 1 and isinstance(member(owner, chain[1]), MUTABLE):
             found.add(chain[1])
     return found

@@ -373,11 +373,12 @@ class Walk:
             self._state.add(("cell", id(cells[name])) if name in cells else (id(func.__globals__), name))
         for chain in writes.stored:
             self._note_attribute(self._resolve(func, chain[:-1]), chain[-1])
-        changed = [(chain, False) for chain in writes.mutated] + [(chain, True) for chain in writes.called]
-        for chain, by_method in changed:
+        for chain in (*writes.mutated, *writes.called, *writes.called_inside):
             value = self._resolve(func, chain)
-            if by_method and not isinstance(value, MUTABLE):
-                continue
+            if chain not in writes.mutated:
+                by_call = chain in writes.called and isinstance(value, MUTABLE)
+                if not by_call and not (chain in writes.called_inside and _holds_containers(value)):
+                    continue
             if value is not ABSENT and not isinstance(value, (*_UNCHANGING, ModuleType)):
                 self._changed.add(id(value))
             if len(chain) > 1:
@@ -489,9 +490,12 @@ class Walk:
         ):
             return value
         if kind in _MAPPINGS:
-            plain = {self._plain(key, opaque, within): self._plain(each, opaque, within) for key, each in value.items()}
+            plain = {
+                self._plain(key, opaque, within): self._plain(each, opaque and f"{opaque}[{key!r:.40}]", within)
+                for key, each in value.items()
+            }
             return plain if any(plain.get(key, _CODE) is not each for key, each in value.items()) else value
-        items = [self._plain(each, opaque, within) for each in value]
+        items = [self._plain(each, opaque and f"{opaque}[{n}]", within) for n, each in enumerate(value)]
         if all(map(operator.is_, items, value)):
             return value
         return _CODE, kind.__name__, frozenset(items) if kind in (set, frozenset) else tuple(items)
@@ -513,7 +517,7 @@ class Walk:
     def _attributes_of(self, value: Any, name: str, without: frozenset[str], within: tuple[int, ...] = ()) -> Any:
         """Return the class of an object and its public attributes, but for some."""
         state = {
-            key: self._plain(each, f"{name}, attribute {key!r}", within)
+            key: self._plain(each, f"{name}.{key}", within)
             for key, each in getattr(value, "__dict__", {}).items()
             if not key.startswith("_") and key not in without
         }
@@ -562,6 +566,12 @@ class Walk:
         for name in names_in(annotation):
             if isinstance(names.get(name), type):
                 self._read_name(names, (name,))
+
+
+def _holds_containers(value: Any) -> bool:
+    """Say whether all that a container holds at present are containers too."""
+    items = value.values() if isinstance(value, Mapping) else value
+    return isinstance(value, MUTABLE) and all(isinstance(each, MUTABLE) for each in items)
 
 
 def _joined(*pieces: bytes) -> bytes:

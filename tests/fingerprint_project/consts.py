@@ -1,6 +1,6 @@
 """Constants."""
 
-import pkg.numbers as nested
+import pkg.numbers as nested  # noqa: F401 - for `consts.nested.DEPTH`
 
 RATE = 0.25
 OTHER = 1

@@ -7,7 +7,7 @@ seen = []
 def helper(words):
     """Help."""
     seen.append(words)
-    return leaf(words) + [BASE]
+    return [*leaf(words), BASE]
 
 
 def leaf(words):

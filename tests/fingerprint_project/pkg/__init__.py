@@ -1,3 +1,3 @@
 """A package."""
 
-from pkg.sub import trim
+from pkg.sub import trim as trim

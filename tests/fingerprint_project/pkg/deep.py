@@ -3,6 +3,6 @@ def bottom(text):
 
 
 def lowest(text):
-    from .numbers import WIDTH as width
+    from .numbers import WIDTH  # noqa: TID252 - relative imports are a form that is tested
 
-    return text, width, "lowest"
+    return text, WIDTH, "lowest"
