@@ -274,6 +274,8 @@ def _reason(error: Exception) -> str:
     Those of the operating system and of known clients are shown; for others the line of code has to do.
     """
     kind = type(error)
+    if kind is TimeoutError and not error.args:
+        return "no answer in time"
     said = str(error).split("\n")[0].split(", with args")[0]  # redis quotes the arguments of a command it refuses
     if said and (isinstance(error, OSError) or kind.__module__.split(".")[0] in _TELLING_PACKAGES):
         return f"{kind.__name__}: {re.sub(r'://[^@/ ]*@', '://', said)[:200]}"
