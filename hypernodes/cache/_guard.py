@@ -195,7 +195,7 @@ class Breaker:
 class Health:
     """What is known of one store in this process, by runs in any thread."""
 
-    __slots__ = ("_breakers", "_failing", "_lock", "_quiet_until", "_warned", "dropped", "missed")
+    __slots__ = ("__weakref__", "_breakers", "_failing", "_lock", "_quiet_until", "_warned", "dropped", "missed")
 
     def __init__(self) -> None:
         self.missed = 0
