@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from hypernodes import __version__
+from hypernodes.cache import _command as cache
 from hypernodes.demo import command as demo
 
 INTERRUPTED = 130  # what a shell gives for a command that SIGINT ended
@@ -37,4 +38,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hypernodes {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_to(commands)
+    cache.add_to(commands)
     return parser
