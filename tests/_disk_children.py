@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 from hypernodes.cache import DiskCache
@@ -56,6 +57,11 @@ def damage(path):
         data = bytearray(found.read_bytes())
         data[-1] ^= 1
         found.write_bytes(data)
+
+
+def tell(*words):
+    """Say something to the process that waits for this one."""
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
 
 
 # What is there before, and what is killed. `old` and `large` are there before each.
@@ -115,8 +121,8 @@ def killed_at(path, action, step):
             _kill_at(step)
             ACTIONS[action](path)
             os._exit(0)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        except BaseException:  # noqa: BLE001 - a forked child must not go on as its parent
+            traceback.print_exc()
             os._exit(1)
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
@@ -136,7 +142,7 @@ def kill_everywhere(folder, action):
         died = killed_at(path, action, step)
         _check(path, action, before)
         if not died:
-            return print(step)
+            return tell(step)
         step += 1
 
 
@@ -172,27 +178,32 @@ def _check(path, action, before):
     assert again.verify().findings == ()
 
 
-def race(path, seed, rounds, keep):
-    """Read and write the same keys as others do, and with `keep=no` clear and prune too: nothing may ever be wrong."""
+def race(path, seed, rounds, kind):
+    """Read and write the same keys as others do; nothing that is found may ever be wrong.
+
+    What was written is found at once ("steady"), unless its size changes with each write ("mixed"), or others clear
+    and prune ("cleared").
+    """
     pick = random.Random(seed)
     cache = DiskCache(path)
     for turn in range(rounds):
         some = pick.sample(range(60), 12)
+        large = {of for of in some if (of < 2 if kind == "steady" else pick.random() < 0.03)}
         version = seed * 1000 + turn
-        cache.write({key(of): entry(of, version, 100_000 if pick.random() < 0.02 else 300) for of in some})
+        cache.write({key(of): entry(of, version, 70_000 if of in large else 300) for of in some})
         asked = pick.sample(range(60), 30)
         found = cache.read([key(of) for of in asked])
         for of in asked:
             if key(of) in found:
                 version_of(of, found[key(of)])
-        if keep == "yes":
+        if kind == "steady":
             mine = cache.read([key(of) for of in some])
             assert len(mine) == len(some), f"lost {len(some) - len(mine)} of {len(some)}"
-        elif turn % 7 == seed:
+            assert len(cache.find([key(of) for of in some])) == len(some)
+        elif kind == "cleared" and turn % 7 == seed:
             cache.clear()
-        elif turn % 5 == 0:
+        elif kind == "cleared" and turn % 5 == 0:
             cache.prune(200_000)
-    print("done")
 
 
 def use_after_fork(path):
@@ -222,7 +233,7 @@ def use_after_fork(path):
     stop.set()
     for thread in threads:
         thread.join()
-    print(len(DiskCache(path).find([key(("child", number)) for number in range(40)])))
+    tell(len(DiskCache(path).find([key(("child", number)) for number in range(40)])))
 
 
 def write_open_to_all(path):
@@ -247,7 +258,7 @@ def write_limited(path, limit, count):
         try:
             cache.write({key(of): entry(of, 0, sizes) for of in range(int(count))})
         except OSError as error:
-            print(type(error).__name__, error.errno, flush=True)
+            tell(type(error).__name__, error.errno)
     version_of("old", cache.read([key("old")])[key("old")])
     assert os.listdir(Path(path) / "incoming") == []
 
@@ -267,7 +278,7 @@ def read_without_descriptors(path):
             errors.append(error.errno)
     resource.setrlimit(resource.RLIMIT_NOFILE, (used, most))
     assert len(cache.read([key("old"), key("large")])) == 2
-    print(*errors)
+    tell(*errors)
 
 
 if __name__ == "__main__":

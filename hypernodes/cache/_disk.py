@@ -162,9 +162,11 @@ class DiskCache:
 
     def _is_there(self) -> bool:
         """Say whether there is a cache to look into, and that it is safe the first time that there is."""
-        if not self._checked:
-            self._checked = self._root.check()
-        return self._checked
+        if self._checked:
+            return True
+        there = self._root.check()
+        self._checked = self._checked or there
+        return there
 
     def _tidy(self) -> None:
         self._packs.merge_small(MERGE_AT * LARGEST_MERGED if self.max_size is None else self.max_size // 8)

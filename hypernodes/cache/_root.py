@@ -58,7 +58,7 @@ class Root:
             names = os.listdir(self.path) if stat.S_ISDIR(found.st_mode) else None
         except FileNotFoundError:
             return False
-        except OSError as error:
+        except (PermissionError, NotADirectoryError) as error:
             raise CacheError(f"the cache directory {self.path} cannot be read: {error.strerror}") from error
         if names is None:
             raise CacheError(f"{self.path} is not a directory, so it cannot hold a cache")
