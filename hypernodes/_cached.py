@@ -49,9 +49,13 @@ async def trace_for(
         if outer.recipe.tracer is tracer and step.inner_map is None:
             return outer.child(step)
         known = {name: outer.digests[slot] for name, slot in step.shared}
-    await tracer.session.learn(cached_nodes(program, tracer.session.store))
+    if program not in tracer.learned:
+        await tracer.session.learn(cached_nodes(program, tracer.session.store))
+        tracer.learned.add(program)
     recipe = outer.recipe.inside(step, tracer) if isinstance(outer, Trace) and step else tracer.recipe(program)
-    trace = Trace(recipe, program.template, recipe.template.copy(), eager=not isinstance(outer, Trace))
+    # What another cache has cannot be loaded from the one around it.
+    eager = not (isinstance(outer, Trace) and outer.recipe.tracer is tracer)
+    trace = Trace(recipe, program.template, recipe.template.copy(), eager=eager)
     for name, value in inputs.items():
         slot = program.slots[name]
         trace[slot] = value
@@ -228,7 +232,7 @@ class CachedMapRun(MapRun):
         assert isinstance(template, Trace)
         self._origin: Origin | None = work.origin
         self._start = template
-        self._ready: deque[tuple[int, tuple[Any, ...], Trace]] = deque()
+        self._ready: deque[tuple[int, Trace]] = deque()
         self._exhausted = False
         self._wanted = tuple(slot for _, slot in work.program.outputs)
         self._given = (*work.program.slots.values(),)
@@ -243,12 +247,13 @@ class CachedMapRun(MapRun):
                 break
             if not self._ready:
                 continue
-            index, row, trace = self._ready.popleft()
+            index, trace = self._ready.popleft()
             self.hungry = self._active < self._limit and not self._starting
             try:
                 await run_item(scope, program, trace, index, self)
             except Exception as error:  # noqa: BLE001 - raised again, or handed to the user
-                self._failures.take(index, dict(zip(self._spec.over, row, strict=True)), error)
+                inputs = {name: trace[slot] for name, slot in zip(self._spec.over, self._slots, strict=True)}
+                self._failures.take(index, inputs, error)
                 if perf_counter() > scope.run.yield_at:
                     await scope.run.breathe()
             else:
@@ -269,11 +274,11 @@ class CachedMapRun(MapRun):
                 return False
             traces = self._traces(rows)
             await look_up(traces)
-            waiting = [(index, row, trace) for (index, row), trace in zip(rows, traces, strict=True)]
+            taken = [(index, trace) for (index, _), trace in zip(rows, traces, strict=True)]
             if not self._sink.lazy:
                 await self._load_complete(traces)
-            missed = [each for each in waiting if not each[2].complete]
-            for index, _, trace in waiting:
+            missed = [each for each in taken if not each[1].complete]
+            for index, trace in taken:
                 if trace.complete:
                     if self._sink.lazy:
                         trace.recall_all()
@@ -341,12 +346,12 @@ class CachedMapRun(MapRun):
             if refused:
                 trace.forget(refused)
 
-    async def _load_inputs(self, missed: list[tuple[int, tuple[Any, ...], Trace]]) -> None:
+    async def _load_inputs(self, missed: list[tuple[int, Trace]]) -> None:
         """Load what the items need that have to run."""
         if self._origin is None:
             return
         given = self._given
-        keys = set().union(*(trace.unloaded(given) for _, _, trace in missed))
+        keys = set().union(*(trace.unloaded(given) for _, trace in missed))
         if not keys:
             return
         loaded, refused = await self._start.recipe.tracer.session.load(keys)
@@ -354,7 +359,7 @@ class CachedMapRun(MapRun):
             shared, rows = await self._origin.reload()
             for name, value in shared.items():
                 self._start[self._program.slots[name]] = value
-            for index, _, trace in missed:
+            for index, trace in missed:
                 for slot, value in zip(self._slots, rows[index], strict=True):
                     trace[slot] = value
                 for name, value in shared.items():
@@ -362,7 +367,7 @@ class CachedMapRun(MapRun):
             return
         shared_slots = [slot for slot in given if slot not in self._slots]
         self._start.put_in_place(shared_slots, loaded)
-        for _, _, trace in missed:
+        for _, trace in missed:
             trace.put_in_place(given, loaded)
 
     def _tell_cached(self, index: int, trace: Trace) -> None:

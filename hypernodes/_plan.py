@@ -149,6 +149,8 @@ class ExecutionPlan:
     open_limits: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     settings: Settings = field(default_factory=Settings)
+    has_cache: bool = False
+    """Whether it or a pipeline inside says where to cache."""
     programs: dict[Any, Program] = field(default_factory=dict, repr=False)
     """Derived from the rest, kept because it is asked for at every run."""
 
@@ -167,14 +169,6 @@ class ExecutionPlan:
         return [name for name, default in self.inputs.items() if default is REQUIRED]
 
     @property
-    def has_cache(self) -> bool:
-        """Whether it or a pipeline inside says where to cache."""
-        said = self.settings.cache
-        if said is not INHERIT and said is not None:
-            return True
-        return any(isinstance(step, PlanStep) and step.plan.has_cache for step in self.steps)
-
-    @property
     def label(self) -> str:
         """How errors name this plan."""
         return f"pipeline {self.name!r}"
@@ -182,7 +176,9 @@ class ExecutionPlan:
     def with_settings(self, **changes: Any) -> ExecutionPlan:
         """Return this plan with other settings; limits are added to those there are."""
         settings = replace(self.settings, **changes)
-        return replace(self, settings=settings, open_limits=_open_limits(self.steps, settings.limits), programs={})
+        open_limits = _open_limits(self.steps, settings.limits)
+        has_cache = _has_cache(self.steps, settings)
+        return replace(self, settings=settings, open_limits=open_limits, has_cache=has_cache, programs={})
 
     def with_name(self, name: str) -> ExecutionPlan:
         return replace(self, name=name, programs={})
@@ -250,9 +246,14 @@ def compile_plan(
         if each not in producers and each not in constants:
             inputs.setdefault(each, IGNORED)
     outputs = tuple(output for step in ordered for output in step.outputs)
-    return ExecutionPlan(
-        name, ordered, inputs, outputs, producers, _open_limits(ordered, settings.limits), constants, settings
-    )
+    open_limits = _open_limits(ordered, settings.limits)
+    has_cache = _has_cache(ordered, settings)
+    return ExecutionPlan(name, ordered, inputs, outputs, producers, open_limits, constants, settings, has_cache)
+
+
+def _has_cache(steps: Iterable[Step], settings: Settings) -> bool:
+    own = settings.cache is not INHERIT and settings.cache is not None
+    return own or any(isinstance(step, PlanStep) and step.plan.has_cache for step in steps)
 
 
 def needed_outputs(plan: ExecutionPlan, wanted: Iterable[str]) -> tuple[dict[int, frozenset[str]], set[str]]:

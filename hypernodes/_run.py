@@ -232,11 +232,12 @@ class Run:
         """Return what this run knows of a cache; None for no cache."""
         if store is None:
             return None
-        from hypernodes.cache._session import CacheSession, identity
+        from hypernodes.cache._buffer import identity
 
         tracer = self._tracers.get(identity(store))
         if tracer is None:
             from hypernodes._trace import Tracer
+            from hypernodes.cache._session import CacheSession
 
             tracer = self._tracers[identity(store)] = Tracer(CacheSession(store), self.refresh)
         return tracer

@@ -91,12 +91,14 @@ def hashed(value: Any) -> Any:
 class Tracer:
     """What the traces of one run share that use one cache."""
 
-    __slots__ = ("_recipes", "refresh", "session")
+    __slots__ = ("_recipes", "learned", "refresh", "session")
 
     def __init__(self, session: CacheSession, refresh: frozenset[str]) -> None:
         self.session = session
         self.refresh = refresh
         """Names of the outputs that this run recomputes."""
+        self.learned: set[Program] = set()
+        """Programs whose functions have been fingerprinted."""
         self._recipes: dict[tuple[Program, frozenset[str], frozenset[str]], Recipe] = {}
 
     def recipe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 MOST_ENTRIES = 2_000
@@ -52,9 +53,36 @@ class WriteBuffer:
             self._writing = [each for each in self._writing if each is not batch]
 
 
-_buffers: dict[Any, WriteBuffer] = {}
+class Same:
+    """Stands for a store that cannot be a key of a dict: equal to what stands for the very same store."""
+
+    __slots__ = ("__weakref__", "_store")
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other._store is self._store
+
+    def __hash__(self) -> int:
+        return id(self._store)
 
 
-def buffer_of(identity: Any) -> WriteBuffer:
-    """Return the one buffer of a store in this process."""
-    return _buffers.setdefault(identity, WriteBuffer())
+def identity(store: Any) -> Any:
+    """Return what tells stores apart: a directory is the same cache, however often it is opened."""
+    try:
+        hash(store)
+        weakref.ref(store)
+    except TypeError:
+        return Same(store)
+    return store
+
+
+_buffers: weakref.WeakKeyDictionary[Any, WriteBuffer] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def buffer_of(store: Any) -> WriteBuffer:
+    """Return the one buffer of a store in this process; ``store`` is its :func:`identity`."""
+    with _lock:
+        return _buffers.setdefault(store, WriteBuffer())

@@ -18,7 +18,7 @@ from hypernodes._signature.dependencies import hash_dependencies
 from hypernodes._signature.keys import call_prefix
 from hypernodes._signature.values import hash_value
 from hypernodes._threads import default_threads, in_thread
-from hypernodes.cache._buffer import buffer_of
+from hypernodes.cache._buffer import buffer_of, identity
 from hypernodes.cache._codec import decode, encode
 from hypernodes.cache._envelope import Refused, seal, unseal
 from hypernodes.cache._flight import Flights
@@ -29,15 +29,6 @@ SMALL = 64 * 1024
 """Bytes under which entries are gathered and written together."""
 _log = logging.getLogger("hypernodes")
 _FLIGHTS = Flights()
-
-
-def identity(store: Any) -> Any:
-    """Return what tells stores apart: a directory is the same cache, however often it is opened."""
-    try:
-        hash(store)
-    except TypeError:
-        return id(store)
-    return store
 
 
 @dataclass(frozen=True, slots=True, eq=False)
