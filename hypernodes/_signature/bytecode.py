@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from types import CodeType
+from typing import TypeAlias
 
 from hypernodes._signature.captured import MUTATING_FUNCTIONS, MUTATING_METHODS, Chain, Import, Uses, Writes
 
@@ -85,6 +86,11 @@ def bytecode_uses(code: CodeType) -> Uses:
     return uses
 
 
+_Place: TypeAlias = tuple[int | None, int | None]
+_UNPLACED: _Place = (-1, -1)
+"""The second variable of an instruction that loads two, which has the place of the first."""
+
+
 class _Use:
     """Reads one code object, instruction by instruction."""
 
@@ -94,11 +100,11 @@ class _Use:
         self._parameters = parameters
         self._imported: set[str] = set()
         self._next_is_changed = False
-        self._at: dict[tuple[int | None, int | None], Chain] = {}
+        self._at: dict[_Place, Chain] = {}
 
     def read(self, code: CodeType) -> None:
         chain: Chain = ()
-        place: tuple[int | None, int | None] = (None, None)
+        place: _Place = (None, None)
         instructions = [each for each in dis.get_instructions(code) if each.opname not in _IGNORED]
         self._imports(instructions)
         for each in instructions:
@@ -109,9 +115,9 @@ class _Use:
                 self.uses.attributes.add(each.argval)
                 continue
             self._finish(chain)
-            chain, place = self._root(each), start
-            if chain:
-                self._at[start] = chain
+            chain, place = self._root(each), _UNPLACED if isinstance(each.argval, tuple) else start
+            if chain or place is _UNPLACED:
+                self._at[place] = chain
             else:
                 self._write(each, start)
         self._finish(chain)
@@ -137,22 +143,26 @@ class _Use:
         if chain[-1] in MUTATING_METHODS and len(chain) > 1:
             self._writes(chain).called.add(chain[:-1])
 
-    def _write(self, each: dis.Instruction, start: tuple[int | None, int | None]) -> None:
+    def _write(self, each: dis.Instruction, start: _Place) -> None:
         if each.opname != "PUSH_NULL":
             self._next_is_changed = False
         if each.opname in _REBINDS or (each.opname in _CELL_REBINDS and each.argval in self._free):
             self.uses.outer.rebound.add(each.argval)
         elif each.opname in ("STORE_ATTR", "DELETE_ATTR"):
             self.uses.attributes.add(each.argval)
-            if (chain := self._at.get(start)) and None not in start:
+            if chain := self._written(start):
                 stored = chain if chain[-1] == each.argval and len(chain) > 1 else (*chain, each.argval)
                 self._writes(chain).stored.add(stored)
-        elif each.opname in _ITEM_STORES and (chain := self._at.get(start)) and None not in start:
+        elif each.opname in _ITEM_STORES and (chain := self._written(start)):
             self._writes(chain).mutated.add(chain)
         elif each.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             self.uses.attributes.add(each.argval)
-            if each.argval in MUTATING_METHODS and (chain := self._at.get(start)) and None not in start:
+            if each.argval in MUTATING_METHODS and (chain := self._at.get(start, ())) and None not in start:
                 self._writes(chain).called_inside.add(chain)
+
+    def _written(self, start: _Place) -> Chain:
+        unplaced = self._at.pop(_UNPLACED, ())
+        return () if None in start else self._at.get(start, unplaced)
 
     def _writes(self, chain: Chain) -> Writes:
         return self.uses.parameters if chain[0] in self._parameters else self.uses.outer

@@ -50,6 +50,8 @@ _MAPPINGS = (dict, MappingProxyType)
 _CONTAINERS = (*_MAPPINGS, list, tuple, set, frozenset)
 _LOGGERS = (logging.Logger, logging.LoggerAdapter, logging.Handler)
 """What these hold says how results are told of, not what they are."""
+_DEEP = 100
+"""Containers inside of containers that are searched for code one by one; deeper, they count as a whole."""
 _CODE = "hypernodes: code"
 """Marks what stands in the place of code in a value."""
 
@@ -413,6 +415,8 @@ class Walk:
     def _is_changed_parameter(self, func: FunctionType, name: str, value: Any) -> bool:
         """Say whether a default is memory between calls, as in `def f(x, seen={})`."""
         writes = code_of(func).uses.parameters
+        if isinstance(value, _UNCHANGING):
+            return False
         changed = any(chain[0] == name for chain in writes.mutated | writes.stored)
         return changed or (isinstance(value, MUTABLE) and (name,) in writes.called)
 
@@ -475,7 +479,7 @@ class Walk:
         kind = type(value)
         if kind in SCALARS:
             return value
-        if kind in _CONTAINERS and id(value) not in within:
+        if kind in _CONTAINERS and id(value) not in within and len(within) < _DEEP:
             return self._plain_container(value, opaque, (*within, id(value)))
         if (name := self._reference(value)) is not None:
             return _CODE, name
