@@ -407,7 +407,8 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
     backend = program.plan.settings.backend
     elsewhere = backend is not INHERIT and backend is not scope.backend
     child = scope.inside(program.plan, path)
-    lazy = scope.cache is not None and child.cache is not None and not elsewhere
+    traced = scope.cache is not None and child.cache is not None and not elsewhere
+    lazy = traced and child.cache is scope.cache  # what another cache has cannot be loaded from this one
     if step.step.map is not None:
         rows = listed_rows(step.step.map, step.inputs(values), f"nested pipeline {step.name!r}")
         feed, total = ListFeed(rows), rows.count
@@ -438,7 +439,7 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
             await _run_pipeline(child, program, inside, shared)
             results = list(program.results(inside))
         else:
-            origin = _origin(scope, step, values, index, total) if lazy else None
+            origin = _origin(scope, step, values, index, total) if traced else None
             await _run_map(MapWork(child, program, shared, spec, feed, total, columns, origin), inside)
             results = columns.lists
         if scope.cache is not None:
