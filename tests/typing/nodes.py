@@ -70,7 +70,7 @@ takes_any_node(embed)
 # What it refuses.
 node("x", run_in="gpu")  # type: ignore[call-overload]
 node("x", max_concurrency="8")  # type: ignore[call-overload]
-node("x", cache=True)  # type: ignore[call-overload]
+node("x", cache="disk")  # type: ignore[call-overload]
 node(1)  # type: ignore[call-overload]
 
 
