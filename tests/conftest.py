@@ -1,5 +1,6 @@
 """Fixtures that every test may use: the async backends, and a check that nothing was left behind."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ from types import FrameType
 import anyio
 import psutil
 import pytest
+
+from tests._servers import SHARED, Server, Servers
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As for what a shell starts in the background. Child processes inherit it, and tests press Ctrl-C on them.
@@ -35,6 +38,26 @@ GRACE_S = 5.0
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, object]]:
     """Every test marked `anyio` runs on asyncio, asyncio with uvloop, and trio."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    """The Redis and memcached servers that the tests of a session share; no test may harm one."""
+    yield SHARED
+    SHARED.stop()
+
+
+@pytest.fixture
+def own_server(servers: Servers) -> Iterator[Callable[[str], Server]]:
+    """Starts a server that is the test's own, to kill, freeze or restart."""
+    with contextlib.ExitStack() as started:
+
+        def start(kind: str) -> Server:
+            server = Server(kind)
+            started.callback(server.stop)
+            return server.start()
+
+        yield start
 
 
 @pytest.fixture(scope="session")

@@ -27,9 +27,11 @@ def plain(found):
     return {key: bytes(value) for key, value in found.items()}
 
 
-@pytest.fixture(params=CASES, ids=str)
-def case(request, anyio_backend):
-    """Each kind of store, on the event loops that it works with."""
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request, anyio_backend, servers):
+    """Each kind of store, on the event loops that it works with, with its server (if it has one) running."""
+    if request.param.server is not None:
+        servers.port(request.param.server)
     if anyio_backend[0] not in request.param.libraries:
         pytest.skip(f"{request.param} does not work with {anyio_backend[0]}")
     return request.param
