@@ -401,6 +401,21 @@ def test_what_others_replace_is_found_at_once(cache, path, size):
     assert read(cache, "old") == {"old": 2}
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_what_two_processes_have_merged_is_there_twice(cache, path, first):
+    """Entries that are in two packs are found as long as one of them is there, whichever it is."""
+    write(cache, old=1, new=1)
+    write(cache, old=2)
+    (_, pack) = sorted(files(path, "*.pack"))
+    shutil.copy(pack, pack.with_name("f" + pack.name[1:]))
+    cache.close()
+    assert read(cache, "old", "new") == {"old": 2, "new": 1}
+    (min if first else max)(pack, pack.with_name("f" + pack.name[1:])).unlink()
+    assert read(cache, "old", "new") == {"old": 2, "new": 1}
+    time.sleep(OTHERS_ARE_SEEN_AFTER_S)
+    assert read(cache, "old", "new") == {"old": 2, "new": 1}
+
+
 @pytest.mark.parametrize("kind", ["steady", "mixed", "cleared"])
 def test_eight_processes_on_the_same_keys(path, kind):
     """Nothing that is found is wrong, while others write, merge, clear and prune; what nobody deletes is found."""

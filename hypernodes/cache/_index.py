@@ -205,9 +205,9 @@ class PackIndex:
         return self._stored_at(fingerprint(key)) > stored_at
 
     def _place(self, pack: Pack, temporary: str) -> None:
-        self._root.put_in_place(temporary, PACKS, pack.name)
         pack.used_at = pack.used_at or time.time()
-        with self._lock:
+        with self._lock:  # or another thread may find it, merge it and delete it before it is adopted here
+            self._root.put_in_place(temporary, PACKS, pack.name)
             self._adopt(pack)
 
     def _adopt(self, pack: Pack) -> None:
@@ -218,26 +218,36 @@ class PackIndex:
         self._packs[number] = pack
         self._numbers[pack.name] = number
         first = number << _SLOT
-        known = self._where.keys() & pack.fingerprints
-        if not known:
+        if self._where.keys() & pack.fingerprints:
+            for slot, each in enumerate(pack.fingerprints, first):
+                self._claim(each, slot, pack)
+        else:
             self._where.update(zip(pack.fingerprints, range(first, first + len(pack.fingerprints)), strict=True))
-            return
-        for place, each in enumerate(pack.fingerprints):
-            slot = self._where.get(each)
-            if slot is not None:
-                other = self._packs[slot >> _SLOT]
-                if other.times[slot & _NUMBER_IN_PACK] > pack.times[place]:
-                    pack.shadowed.add(each)
-                    continue
-                other.shadowed.add(each)
-            self._where[each] = first + place
+
+    def _claim(self, each: int, slot: int, pack: Pack) -> None:
+        """Let an entry count unless there is a later one; of two that are the same, the one found last."""
+        held = self._where.get(each)
+        if held is not None:
+            holder = self._packs[held >> _SLOT]
+            if holder.times[held & _NUMBER_IN_PACK] > pack.times[slot & _NUMBER_IN_PACK]:
+                pack.shadowed.add(each)
+                return
+            holder.shadowed.add(each)
+        self._where[each] = slot
 
     def _forget(self, name: str) -> None:
         number = self._numbers.pop(name)
-        for each in self._packs[number].fingerprints:
-            if self._where.get(each, -1) >> _SLOT == number:
-                del self._where[each]
+        gone = {each for each in self._packs[number].fingerprints if self._where.get(each, -1) >> _SLOT == number}
+        for each in gone:
+            del self._where[each]
         del self._packs[number]
+        if gone:  # two processes may have merged the same packs: what one of them has made is as good as the other
+            for other, pack in self._packs.items():
+                again = gone & pack.shadowed
+                pack.shadowed -= again
+                for slot, each in enumerate(pack.fingerprints if again else (), other << _SLOT):
+                    if each in again:
+                        self._claim(each, slot, pack)
 
     # Merging
 
