@@ -65,7 +65,7 @@ class History:
     def index_of(self, parts: dict[str, str]) -> int:
         """Return the index of a state of the code, which is added if it is new."""
         for index, record in enumerate(self.codes):
-            if record.parts == parts:
+            if record.parts is parts or record.parts == parts:
                 return index
         self.codes.append(CodeRecord(parts))
         return len(self.codes) - 1

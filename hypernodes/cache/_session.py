@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import anyio
@@ -46,6 +47,8 @@ class Code:
     """The name of the node's history in a store."""
     saving: Cost
     """Whether its results are pickled on the loop or in a thread."""
+    about: bytes
+    """The part of its entries' meta blocks that is the same in all of them."""
 
 
 class CacheSession:
@@ -55,8 +58,7 @@ class CacheSession:
         self.store = store
         self._guard = guard_of(store)
         self._guard.check()
-        self._identity = identity(store)
-        self._buffer = buffer_of(self._identity)
+        self._buffer = buffer_of(identity(store))
         self._secret: bytes | None = getattr(store, "key", None)
         self._codes: dict[Node[..., Any], Code | None] = {}
         self._fresh: set[str] = set()
@@ -93,7 +95,9 @@ class CacheSession:
         names = tuple(sorted(node.parameters))
         parts = {name: digest[:SHORT].hex() for name, digest in {**print_.parts, **salts}.items()}
         prefix = call_prefix(print_.digest, names, salts)
-        return Code(node, prefix, names, print_, parts, history_name(_place(node.func), node.outputs), Cost())
+        history = history_name(_place(node.func), node.outputs)
+        about = b'{"node": %s, "at": ' % json.dumps(node.name).encode()
+        return Code(node, prefix, names, print_, parts, history, Cost(), about)
 
     # ---- entries
 
@@ -164,33 +168,43 @@ class CacheSession:
     async def save(self, code: Code, key: str, value: Any, seconds: float, digests: Iterable[bytes]) -> int | None:
         """Store what a call made; return its size in bytes, or None when it cannot be stored."""
         # What a function has made is kept, also when the run is cancelled by now.
-        with anyio.CancelScope(shield=True):
-            cost = code.saving
-            if cost.inline:
-                began = time.perf_counter()
-                sealed = self._sealed(code, key, value, seconds)
-                now = time.perf_counter()
-                if now - began > CHEAP_S:
-                    cost.doubted(now - began, now)
-            else:
-                sealed, spent = await in_thread(lambda: self._sealed(code, key, value, seconds), default_threads())
-                cost.measured(spent)
-            if sealed is None:
+        cost = code.saving
+        if cost.inline:
+            sealed, spent = self._sealed(code, key, value, seconds)
+            if spent > CHEAP_S:
+                cost.doubted(spent, time.perf_counter())
+        else:
+            call = partial(self._sealed, code, key, value, seconds)
+            with anyio.CancelScope(shield=True):
+                (sealed, spent), _ = await in_thread(call, default_threads())
+            cost.measured(spent)
+        if sealed is None:
+            return None
+        size = sum(len(piece) if type(piece) is bytes else memoryview(piece).nbytes for piece in sealed)
+        if size >= SMALL:
+            with anyio.CancelScope(shield=True):
+                stored = await self._guard.set_many({key: sealed})
+            if not stored:
                 return None
-            self._broken.discard(key)
-            size = sum(len(piece) if type(piece) is bytes else memoryview(piece).nbytes for piece in sealed)
-            if size < SMALL:
-                self._fresh.add(key)
-                if self._buffer.put(key, b"".join(sealed)):
-                    await self.flush()
-            elif not await self._guard.set_many({key: sealed}):
-                return None
-            else:
-                self._fresh.add(key)
-            self._ledger.note(code.history, code.names, code.parts, key, seconds, digests)
+            self._note(code, key, seconds, digests)
+            return size
+        self._note(code, key, seconds, digests)
+        if self._buffer.put(key, b"".join(sealed)):
+            with anyio.CancelScope(shield=True):
+                await self.flush()
         return size
 
-    def _sealed(self, code: Code, key: str, value: Any, seconds: float) -> list[Any] | None:
+    def _note(self, code: Code, key: str, seconds: float, digests: Iterable[bytes]) -> None:
+        self._broken.discard(key)
+        self._fresh.add(key)
+        self._ledger.note(code.history, code.names, code.parts, key, seconds, digests)
+
+    def _sealed(self, code: Code, key: str, value: Any, seconds: float) -> tuple[list[Any] | None, float]:
+        """Return the entry of a value, None if there can be none, and the seconds of this thread that it took.
+
+        Not those of the clock: threads that wait for each other would never prove to be cheap.
+        """
+        began = time.thread_time()
         try:
             codec, payload = encode(value)
         except Exception as error:  # noqa: BLE001 - pickling runs the user's code
@@ -199,13 +213,13 @@ class CacheSession:
                 f"what node {code.node.name!r} returns is not cached: it cannot be pickled ({error}); "
                 f"say cache=False to be quiet about it",
             )
-            return None
-        meta = json.dumps({"node": code.node.name, "at": round(time.time(), 3), "seconds": round(seconds, 6)})
-        return seal(key, codec, meta.encode(), payload, self._secret)
+            return None, time.thread_time() - began
+        meta = b'%s%.3f, "seconds": %.6f}' % (code.about, time.time(), seconds)
+        return seal(key, codec, meta, payload, self._secret), time.thread_time() - began
 
     async def once(self, key: str, compute: Callable[[], Awaitable[Any]]) -> tuple[Any, bool]:
         """Compute what several ask for at the same time once; say whether this caller did it."""
-        return await _FLIGHTS.once((self._identity, key), compute)
+        return await _FLIGHTS.once((self._buffer, key), compute)
 
     # ---- writing
 
