@@ -32,8 +32,8 @@ LOOK_AGAIN_S = 0.5
 MERGE_AT = 16
 """This many packs of about the same size become one."""
 
-LARGEST_MERGED = 1 << 23
-"""Bytes; a pack of this size is merged no more, so an entry is copied a few times at most."""
+LARGEST_MERGED = 1 << 21
+"""Bytes; a pack of this size is merged no more, so an entry is copied a few times at most, or never in a busy run."""
 
 _SLOT = 32
 _NUMBER_IN_PACK = (1 << _SLOT) - 1
@@ -355,18 +355,24 @@ class _Merge:
         earlier = index.shadowed_outside(packs)
         for pack in packs:
             keys = index.keys(pack)
-            kept = []
-            for place in index.living(pack):
-                each = pack.fingerprints[place]
-                length = 0 if each in buried else pack.lengths[place]
-                if not length and each not in earlier:
-                    continue  # a tombstone with nothing under it
-                self.keys.append(keys[place])
-                self.times.append(pack.times[place] + (each in buried))
-                self.lengths.append(length)
-                if length:
-                    kept.append(place)
+            kept = list(index.living(pack))
+            if len(kept) == len(keys) and not buried and 0 not in pack.lengths:  # the rule, and worth being quick at
+                self.keys += keys
+                self.times += pack.times
+                self.lengths += pack.lengths
+            else:
+                kept = [place for place in kept if self._keep(pack, place, keys[place], earlier, buried)]
             self._sources.append((pack, kept))
+
+    def _keep(self, pack: Pack, place: int, key: str, earlier: set[int], buried: frozenset[int]) -> bool:
+        """Take one entry over; say whether its data go with it."""
+        each = pack.fingerprints[place]
+        length = 0 if each in buried else pack.lengths[place]
+        if length or each in earlier:  # a tombstone with nothing under it goes
+            self.keys.append(key)
+            self.times.append(pack.times[place] + (each in buried))
+            self.lengths.append(length)
+        return length > 0
 
     def data(self) -> Iterator[bytes]:
         """Yield the entries, those that stand together joined."""

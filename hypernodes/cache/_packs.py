@@ -8,6 +8,7 @@ is not in any pack, whatever an earlier one holds.
 from __future__ import annotations
 
 import os
+import re
 import struct
 import sys
 from array import array
@@ -27,6 +28,7 @@ _MAGIC = b"hnp\x01"
 _HEADER = struct.Struct("<4sIIIII")
 _CHECKED_FROM = 8
 _COLUMNS_SIZE = 8 + 8 + 4
+_KEYS = re.compile(rf"{KEY.pattern}(?:\n{KEY.pattern})*".encode())
 _READ_AT_ONCE = 1 << 16
 
 
@@ -150,7 +152,7 @@ def read_keys(folder: str, pack: Pack) -> list[str]:
     keys = text.decode("ascii", "replace").split("\n")
     if crc32(text) != pack.keys_checksum or len(keys) != len(pack.fingerprints) + pack.lost:
         raise DamagedPackError("damaged: the checksum of its keys is wrong")
-    if not all(map(KEY.fullmatch, keys)):
+    if not _KEYS.fullmatch(text):
         raise DamagedPackError("damaged: it holds keys that are none")
     return keys[: len(pack.fingerprints)]
 
