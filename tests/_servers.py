@@ -93,6 +93,12 @@ class Servers:
             self._running[kind] = Server(kind).start()
         return self._running[kind].port
 
+    def start_installed(self):
+        """Start all that can be started, so that no test is taken for the one that left them running."""
+        for kind, command in COMMANDS.items():
+            if shutil.which(command[0]) is not None:
+                self.port(kind)
+
     def stop(self):
         for server in self._running.values():
             server.stop()

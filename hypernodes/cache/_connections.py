@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import threading
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -95,7 +95,6 @@ class Connections:
     def __init__(self, cache: Any, kind: Kind) -> None:
         self._cache = cache
         self._kind = kind
-        self._lock = threading.RLock()
         self._pools: dict[asyncio.AbstractEventLoop, _Pool] = {}
 
     @asynccontextmanager
@@ -110,37 +109,30 @@ class Connections:
             try:
                 yield connection
             except BaseException:
-                await self._close(connection)
+                await _close(connection, self._kind)
                 raise
             pool.free.append(connection)
 
     async def aclose(self) -> None:
         """Close the connections of this event loop that are not in use."""
         pool = self._pools.get(asyncio.get_running_loop())
-        if pool is not None and pool.keeper is not None:
+        if pool is not None:
             await pool.keeper.aclose()
 
     async def _pool(self) -> _Pool:
         loop = asyncio.get_running_loop()
         pool = self._pools.get(loop)
         if pool is None:
-            with self._lock:
-                for other in [each for each in self._pools if each.is_closed()]:
-                    del self._pools[other]
-                pool = self._pools[loop] = _Pool(self._kind.connections)
-            pool.keeper = self._keep(loop, pool)
-            await anext(pool.keeper)
+            free: list[Any] = []
+            keeper = _closing(free, self._kind, weakref.WeakMethod(self._forget), loop)
+            await anext(keeper)
+            pool = self._pools[loop] = _Pool(asyncio.Semaphore(self._kind.connections), free, keeper)
         return pool
 
-    async def _keep(self, loop: asyncio.AbstractEventLoop, pool: _Pool) -> AsyncGenerator[None, None]:
-        """Close a loop's connections when the loop ends: then it closes the generators that began on it."""
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._pools.pop(loop, None)
-            while pool.free:
-                await self._close(pool.free.pop())
+    def _forget(self, ended: asyncio.AbstractEventLoop) -> None:
+        # Also those that were closed with generators left open.
+        for loop in [each for each in list(self._pools) if each is ended or each.is_closed()]:
+            self._pools.pop(loop, None)
 
     def _connect(self) -> Any:
         from aiocache.serializers import NullSerializer
@@ -152,18 +144,38 @@ class Connections:
             connection.client = self._kind.client(self._cache)
         return connection
 
-    async def _close(self, connection: Any) -> None:
-        if self._kind.close is not None:
-            with anyio.move_on_after(CLOSING_S, shield=True), suppress(Exception):
-                await self._kind.close(connection.client)
 
-
+@dataclass(frozen=True, slots=True)
 class _Pool:
     """The connections of one event loop."""
 
-    __slots__ = ("free", "keeper", "tokens")
+    tokens: asyncio.Semaphore
+    free: list[Any]
+    keeper: AsyncGenerator[None, None]
 
-    def __init__(self, connections: int) -> None:
-        self.tokens = asyncio.Semaphore(connections)
-        self.free: list[Any] = []
-        self.keeper: AsyncGenerator[None, None] | None = None
+
+async def _closing(
+    free: list[Any],
+    kind: Kind,
+    forget: weakref.WeakMethod[Callable[[asyncio.AbstractEventLoop], None]],
+    loop: asyncio.AbstractEventLoop,
+) -> AsyncGenerator[None, None]:
+    """Close a loop's connections when the loop ends, or when nobody has them any more.
+
+    An event loop closes the generators that began on it before it ends, and one that is thrown away. So that it is
+    thrown away with the store, and not later with the garbage, this one refers to neither the store nor the pool.
+    """
+    try:
+        yield
+    finally:
+        forgotten = forget()
+        if forgotten is not None:
+            forgotten(loop)
+        while free:
+            await _close(free.pop(), kind)
+
+
+async def _close(connection: Any, kind: Kind) -> None:
+    if kind.close is not None:
+        with anyio.move_on_after(CLOSING_S, shield=True), suppress(Exception):
+            await kind.close(connection.client)
