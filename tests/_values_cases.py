@@ -315,6 +315,11 @@ class NamedSocket(socket.socket):
     pass
 
 
+Renamed = collections.namedtuple("Point", ["y", "x"], module=__name__)
+Revalued = enum.Enum("Color", {"RED": 3}, module=__name__)
+Elsewhere = type("Upper", (), {"__module__": "elsewhere"})
+
+
 class Failure(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -407,14 +412,31 @@ def doubled(levels: int) -> list[Any]:
 
 @equal
 def cycles() -> Any:
-    return cycle(), cycle()
+    return cycle(*WORDS), cycle(*WORDS)
 
 
-def cycle(word: str = "x") -> list[Any]:
-    value: list[Any] = [word, {"k": None}]
-    value[1]["k"] = value
+def cycle(*words: str) -> list[Any]:
+    value: list[Any] = [*words, {"k": None}]
+    value[-1]["k"] = value
     value.append(value)
     return value
+
+
+@equal
+def shared_and_unshared_cycles() -> Any:
+    """At several depths, also inside another cycle, whole and entered elsewhere."""
+    long, nodes = cycle(*WORDS * 5), graph(5)
+    fresh = [cycle(*WORDS * 5) for _ in range(2)]
+    return (
+        [long, [long], nodes[0], nodes[3], ring(nodes, nodes)],
+        [fresh[0], [fresh[1]], graph(5)[0], graph(5)[3], ring(graph(5), graph(5))],
+    )
+
+
+def ring(first: Any, last: Any) -> list[Any]:
+    outer: list[Any] = [first]
+    outer += [Plain(up=outer), last]
+    return outer
 
 
 @equal
@@ -434,9 +456,10 @@ def sets_in_cycles() -> Any:
 
 
 def hub(names: list[str]) -> Plain:
-    """Members know the hub, and each other through it; the set has them in the order of their addresses."""
+    """Members know the hub and share a club, which knows it too; the set has them in the order of their addresses."""
     center = Plain(name="center")
-    center.members = {Plain(name=name, center=center, friends=[center]) for name in names}
+    club = Plain(of=center)
+    center.members = {Plain(name=name, club=club) for name in names}
     return center
 
 
@@ -719,7 +742,8 @@ def unicode_forms() -> Any:
 
 @differ
 def where_one_text_ends() -> Any:
-    return [["ab", "c"], ["a", "bc"], ["abc"], ["ab", "c", ""], [["ab"], "c"], [["ab", "c"]]]
+    return [["ab", "c"], ["a", "bc"], ["abc"], ["ab", "c", ""], [["ab"], "c"], [["ab", "c"]],
+            ["asb", ""], ["a", "bs"], [b"abb", b""], [b"a", b"bb"]]  # fmt: skip
 
 
 @differ
@@ -790,8 +814,19 @@ def cycles_of_different_shape() -> Any:
     two[0].append(two)
     inner: list[Any] = [[]]
     inner[0].append(inner[0])
-    return [one, two, inner, [[]], cycle("x"), cycle("y"), tree(2), tree(3), tree(2, leaf="other"),
+    up, down = looped("up"), looped("down")
+    return [up, down, one, two, inner, [[]], cycle("x"), cycle("y"), tree(2), tree(3), tree(2, leaf="other"),
             hub(WORDS), hub(WORDS[1:])]  # fmt: skip
+
+
+def looped(which: str) -> list[Any]:
+    """The last list in it refers to the outermost one, or to the one around it."""
+    outer: list[Any] = []
+    around: list[Any] = []
+    first = [outer, "x" * 300]
+    around.append(first if which == "up" else [around, "x" * 300])
+    outer += [first, around]
+    return outer
 
 
 @differ
@@ -820,12 +855,12 @@ def cache_keys() -> Any:
 
 @differ
 def stateless_objects_of_different_classes() -> Any:
-    return [Upper(), Lower(), Upper, Lower]
+    return [Upper(), Lower(), Upper, Lower, Elsewhere()]
 
 
 @differ
 def named_tuples() -> Any:
-    return [Point(1, 2), Vector(1, 2), (1, 2), Point(2, 1), Point(1, "2")]
+    return [Point(1, 2), Vector(1, 2), Renamed(1, 2), (1, 2), Point(2, 1), Point(1, "2")]
 
 
 @differ
@@ -836,7 +871,19 @@ def dataclass_instances() -> Any:
 
 @differ
 def enums() -> Any:
-    return [Color.RED, Color.BLUE, Paint.RED, 1, Level.LOW, Mode.FAST, "fast", Rights.READ, Rights(3), "RED"]
+    return [
+        Color.RED,
+        Revalued.RED,
+        Color.BLUE,
+        Paint.RED,
+        1,
+        Level.LOW,
+        Mode.FAST,
+        "fast",
+        Rights.READ,
+        Rights(3),
+        "RED",
+    ]
 
 
 @differ
@@ -874,6 +921,12 @@ def decimals_and_fractions() -> Any:
 @differ
 def ranges_and_slices() -> Any:
     return [range(3), range(4), range(0, 3, 2), range(0, 4, 2), slice(3), slice(0, 3), slice(0, 3, 1), [0, 1, 2]]
+
+
+@differ
+def memory_views() -> Any:
+    view = memoryview(bytes(range(16)))
+    return [view, view.cast("i"), view.cast("I"), view.cast("B", (4, 4)), view[::2], view[:8], bytes(range(16))]
 
 
 @differ
