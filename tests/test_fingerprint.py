@@ -477,6 +477,7 @@ WRITTEN = {
     "in a helper": ("log = []\ndef g(x): log.append(x)", "g(x)"),
     "in a nested function": ("log = []", "(lambda: log.append(x))()"),
     "in a comprehension": ("log = []", "[log.append(y) for y in [x]]"),
+    "under another name": ("log = []\nother = log", "log.append(x); return len(other)"),
     "heap": ("import heapq\nheap = []", "heapq.heappush(heap, x)"),
     "lazily made": ("made = None", "global made\n    if made is None: made = {}\n    made[x] = 1"),
     "for target": ("class A: pass\na = A(); a.n = 0", "for a.n in (1, 2): pass"),
@@ -520,6 +521,26 @@ def test_what_a_function_keeps_in_a_default_is_state():
         assert fingerprint(names["f"]) == before
         names["f"].__defaults__[1].append(2)
         assert changed(fingerprint(names["f"]), before) == {"default of 'k' of 'f'"}
+
+
+def test_functions_of_one_factory_are_told_apart_by_what_uses_them():
+    setup = "def make(k):\n    return lambda: k\none, two = make(1), make(2)"
+    for names in made_from(setup, "return one() - two()"):
+        before = fingerprint(names["f"])
+        names["one"], names["two"] = names["two"], names["one"]
+        assert fingerprint(names["f"]).digest != before.digest
+        exec("one, two = make(1), make(2)", names)
+        assert fingerprint(names["f"]) == before
+
+
+def test_functions_swapped_between_two_names_are_told_apart():
+    for names in made_from("def one(): return 1\ndef two(): return 2", "return one() - two()"):
+        before = fingerprint(names["f"])
+        names["one"], names["two"] = names["two"], names["one"]
+        assert changed(fingerprint(names["f"]), before) == {
+            "global 'one' (module 'captured')",
+            "global 'two' (module 'captured')",
+        }
 
 
 def test_closure_variables_that_are_rebound_are_state_and_others_are_not():
@@ -576,6 +597,16 @@ def test_what_can_neither_be_hashed_nor_followed_counts_by_its_class(tmp_path):
         before = fingerprint(f)
         holder.update(change)
         assert len(changed(fingerprint(f), before)) == 1
+
+
+def test_how_a_logger_is_set_up_does_not_count():
+    def f():
+        logger.info("asked")
+
+    logger = logging.Logger("alone")  # noqa: LOG001 - one without handlers, which could not be hashed
+    before = fingerprint(f)
+    logger.setLevel(logging.DEBUG)
+    assert fingerprint(f) == before
 
 
 # ---- other code
@@ -658,8 +689,9 @@ def test_a_function_that_reaches_itself_through_a_value_has_a_fingerprint():
 
     registry = Registry()
     registry.functions.append(f)
-    assert fingerprint(f) == fingerprint(f)
     before = fingerprint(f)
+    assert before == (lambda: (lambda: (lambda: fingerprint(f))())())()  # deeper down the stack
+    assert before.opaque == ()
     registry.functions.append(len)
     assert fingerprint(f) != before
 
