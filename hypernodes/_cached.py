@@ -178,7 +178,7 @@ async def _call(
     made, ours = await session.once(key, compute)
     if ours:
         return
-    if session.has(key):
+    if await session.find([key]):
         _recall(scope, trace, position, index)
     else:
         # It could not be stored: there is one object for all who waited.
@@ -368,7 +368,9 @@ class CachedMapRun(MapRun):
         shared_slots = [slot for slot in given if slot not in self._slots]
         self._start.put_in_place(shared_slots, loaded)
         for _, trace in missed:
-            trace.put_in_place(given, loaded)
+            trace.put_in_place(self._slots, loaded)
+            for slot in shared_slots:
+                trace[slot] = self._start[slot]
 
     def _tell_cached(self, index: int, trace: Trace) -> None:
         scope = self._scope

@@ -17,7 +17,7 @@ from hypernodes._plan import EVERYTHING, INHERIT
 from hypernodes._program import BoundCall, BoundPlan, BoundStep, Program
 from hypernodes._signature.keys import Digest, listed, part
 from hypernodes._signature.values import hash_value
-from hypernodes.cache._session import CacheSession, Code
+from hypernodes.cache._session import CacheSession, Code, Loaded
 from hypernodes.errors import UncacheableError
 from hypernodes.events import NotLoaded
 
@@ -377,7 +377,7 @@ class Trace(list[Any]):
                 _collect(value, digest, keys)
         return keys
 
-    def put_in_place(self, slots: Iterable[int], loaded: Mapping[str, Any]) -> None:
+    def put_in_place(self, slots: Iterable[int], loaded: Loaded) -> None:
         """Replace what has been loaded; lists that maps have made are changed themselves."""
         for slot in slots:
             self[slot] = _replaced(self[slot], self.digests[slot], loaded)
@@ -393,12 +393,9 @@ def _collect(values: Sequence[Any], digest: Listed, keys: set[str]) -> None:
             _collect(value, inner, keys)
 
 
-def _replaced(value: Any, digest: Any, loaded: Mapping[str, Any]) -> Any:
+def _replaced(value: Any, digest: Any, loaded: Loaded) -> Any:
     if type(value) is NotLoaded:
-        if value.key not in loaded:
-            return value
-        whole = loaded[value.key]
-        return whole if value.position is None else whole[value.position]
+        return loaded.take(value.key, value.position) if value.key in loaded else value
     if type(digest) is Listed and value is digest.values:
         for index, (item, inner) in enumerate(zip(value, digest.items, strict=False)):
             value[index] = _replaced(item, inner, loaded)

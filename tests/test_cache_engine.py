@@ -188,7 +188,7 @@ async def test_a_nested_map_that_is_all_in_the_cache_loads_nothing(nested, cache
     assert answer == first
     assert ran.take() == []
     assert rebuilt() == []
-    assert NodeStarted not in {type(event) for event in seen if event.path[-1] not in ("every",)}
+    assert NodeStarted not in {type(event) for event in seen if event.path[-1] != "every"}
 
 
 async def test_changing_an_inner_node_recomputes_it_for_every_item_and_nothing_else(nested, text, cache, ran):
@@ -226,7 +226,8 @@ def one_item(pipeline):
 
     async def streamed(cache):
         async with pipeline.with_cache(cache).astream({"raw": (raw for raw in ["a"])}, "raw") as items:
-            return [item.outputs["count"] async for item in items][0]
+            [item] = [item async for item in items]
+            return item.outputs["count"]
 
     async def mapped(cache, **options):
         made = await pipeline.with_cache(cache).with_backend(LocalBackend(**options)).amap({"raw": ["a"]}, "raw")

@@ -51,6 +51,31 @@ class Code:
     """The part of its entries' meta blocks that is the same in all of them."""
 
 
+class Loaded(dict[str, Any]):
+    """What entries hold, by their keys. Who takes one gets a value of its own, as if it had been computed for it."""
+
+    __slots__ = ("_payloads", "_taken")
+
+    def __init__(self) -> None:
+        self._payloads: dict[str, tuple[int, memoryview]] = {}
+        self._taken: set[tuple[str, int | None]] = set()
+
+    def add(self, key: str, codec: int, payload: memoryview) -> None:
+        """Unpickle an entry; it may raise whatever the user's code does then."""
+        self[key] = decode(codec, payload)
+        self._payloads[key] = codec, payload
+
+    def take(self, key: str, position: int | None) -> Any:
+        """Return an entry's value, or one of several that it holds; to be called before any of them is used."""
+        whole = self[key]
+        if (key, position) in self._taken:
+            codec, payload = self._payloads[key]
+            whole = decode(codec, memoryview(bytes(payload)))  # arrays would share the memory of the payload
+        else:
+            self._taken.add((key, position))
+        return whole if position is None else whole[position]
+
+
 class CacheSession:
     """One run's use of one store. Nothing in it ever fails a run."""
 
@@ -120,7 +145,7 @@ class CacheSession:
         """Say whether this run has saved an entry."""
         return key in self._fresh
 
-    async def load(self, keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    async def load(self, keys: Iterable[str]) -> tuple[Loaded, dict[str, str]]:
         """Return the values of entries, and for those that cannot be used why; these count as missing from now on."""
         sealed: dict[str, Any] = {}
         missing = []
@@ -151,14 +176,14 @@ class CacheSession:
         self._fresh.difference_update(refused)
         return values, refused
 
-    def _opened(self, sealed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        values: dict[str, Any] = {}
+    def _opened(self, sealed: Mapping[str, Any]) -> tuple[Loaded, dict[str, str]]:
+        values = Loaded()
         refused: dict[str, str] = {}
         secret = self._secret
         for key, data in sealed.items():
             try:
                 codec, _, payload = unseal(key, data, secret)
-                values[key] = decode(codec, payload)
+                values.add(key, codec, payload)
             except Refused as error:
                 refused[key] = str(error)
             except Exception as error:  # noqa: BLE001 - unpickling runs the user's code
