@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import subprocess
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from hypernodes import DiskCache
+from hypernodes._cli import main
 
 ROOT = Path(__file__).parent.parent
 MODES = ["sequential", "async", "threaded", "parallel"]
@@ -28,6 +32,15 @@ except ModuleNotFoundError as error:
 else:
     missing = None
 pytestmark = pytest.mark.timeout(180)  # processes that import numpy, on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the demo keeps its results: never in the home of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    return tmp_path / "caches"
+
+
 needs_data = pytest.mark.skipif(missing is not None, reason=f"the demo needs {missing}")
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="terminals and signals are POSIX here")
 
@@ -63,13 +76,14 @@ def test_help_lists_the_commands():
     answer = hypernodes("--help")
     assert answer.returncode == 0
     assert re.search(r"^ +demo +search the Hebrew Bible", answer.stdout, re.MULTILINE)
+    assert re.search(r"^ +cache +list, check, prune or clear", answer.stdout, re.MULTILINE)
     assert answer.stderr == ""
 
 
 def test_help_of_the_demo_lists_its_options():
     answer = hypernodes("demo", "--help")
     assert answer.returncode == 0
-    for option in ("--items", "--queries", "--execution", "--seed", "--model"):
+    for option in ("--items", "--queries", "--execution", "--seed", "--model", "--cache", "--no-cache"):
         assert option in answer.stdout
 
 
@@ -88,6 +102,7 @@ def test_version():
         (("demo", "--queries", "many"), "argument --queries: 'many' is not a whole number from 1"),
         (("demo", "--execution", "fast"), "argument --execution: invalid choice: 'fast'"),
         (("demo", "--wrong"), "unrecognized arguments: --wrong"),
+        (("demo", "--cache", "x", "--no-cache"), "argument --no-cache: not allowed with argument --cache"),
     ],
 )
 def test_wrong_usage_says_what_is_wrong_and_exits_with_2(arguments, complaint):
@@ -112,8 +127,6 @@ def test_help_imports_no_heavy_package():
 def test_the_installed_command_is_the_same_function():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     module, _, function = project["scripts"]["hypernodes"].partition(":")
-    from hypernodes._cli import main
-
     assert getattr(import_module(module), function) is main
 
 
@@ -125,7 +138,7 @@ def test_the_whole_bible():
     answer = hypernodes("demo")
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.startswith("23,206 verses, 1,000 misspelled quotations, HashingEncoder(")
-    assert re.search(r"^encode_passages +23,206 +[\d.]+ +[\d,]+$", answer.stdout, re.MULTILINE)
+    assert re.search(r"^encode_passages +23,206 +0 +[\d.]+ +[\d,]+$", answer.stdout, re.MULTILINE)
     assert re.search(r"^whole run +24,206 +[\d.]+ +[\d,]+$", answer.stdout, re.MULTILINE)
     metrics = metrics_in(answer.stdout)
     assert 0.9 < metrics["recall@10"] < 1
@@ -136,13 +149,126 @@ def test_the_whole_bible():
 def test_every_execution_mode_prints_the_same_metrics():
     printed = {}
     for mode in MODES:
-        answer = hypernodes(*SMALL, "--execution", mode)
+        answer = hypernodes(*SMALL, "--execution", mode, "--no-cache")
         assert answer.returncode == 0, answer.stderr
         assert f", {mode} maps" in answer.stdout
         assert answer.stderr == "", "a short run in a log has no progress lines"
         printed[mode] = metrics_in(answer.stdout)
     assert printed["sequential"]["recall@10"] > 0.9
     assert all(metrics == printed["sequential"] for metrics in printed.values()), printed
+
+
+STEP = re.compile(r"^(encode_passages|encode_queries|search) +([\d,]+) +([\d,]+) ", re.MULTILINE)
+
+
+def cached_in(printed: str) -> dict[str, tuple[int, int]]:
+    """For each mapped step, its items and how many of them were in the cache."""
+    return {
+        name: (int(items.replace(",", "")), int(cached.replace(",", "")))
+        for name, items, cached in STEP.findall(printed)
+    }
+
+
+@needs_data
+def test_a_second_run_computes_nothing_and_says_how_long_the_first_took(cache_home):
+    first, second = hypernodes(*SMALL), hypernodes(*SMALL)
+    where = re.escape(str(cache_home / "hypernodes" / "demo"))
+    assert cached_in(first.stdout) == {"encode_passages": (200, 0), "encode_queries": (50, 0), "search": (50, 0)}
+    assert re.search(
+        rf"^All 300 items were computed, and are kept in {where}: run it again\.$", first.stdout, re.MULTILINE
+    )
+    assert cached_in(second.stdout) == {"encode_passages": (200, 200), "encode_queries": (50, 50), "search": (50, 50)}
+    said = re.search(
+        rf"^All 300 items were in {where}: ([\d.]+) s, and ([\d.]+) s when they were computed",
+        second.stdout,
+        re.MULTILINE,
+    )
+    whole = [float(re.search(r"^whole run +250 +([\d.]+) ", each.stdout, re.MULTILINE)[1]) for each in (first, second)]
+    assert float(said[1]) == whole[1]
+    assert 0 < float(said[2]) <= whole[0], "what the first run printed, but for its end"
+    assert metrics_in(first.stdout) == metrics_in(second.stdout) != {}
+    assert first.stderr == second.stderr == ""
+
+
+@needs_data
+def test_what_one_mode_has_computed_another_need_not(tmp_path):
+    hypernodes(*SMALL, "--execution", "parallel", "--cache", str(tmp_path / "mine"))
+    answer = hypernodes(*SMALL, "--execution", "threaded", "--cache", str(tmp_path / "mine"))
+    assert f"All 300 items were in {tmp_path / 'mine'}: " in answer.stdout
+
+
+@needs_data
+def test_a_larger_run_computes_what_is_new():
+    hypernodes(*SMALL)
+    answer = hypernodes("demo", "--items", "300", "--queries", "50")
+    assert cached_in(answer.stdout)["encode_passages"] == (300, 200)
+    assert re.search(r"^\d+ of 400 items were computed; the others were in ", answer.stdout, re.MULTILINE)
+
+
+@needs_data
+def test_without_a_cache_nothing_is_kept(cache_home):
+    answer = hypernodes(*SMALL, "--no-cache")
+    assert answer.returncode == 0
+    assert "items were" not in answer.stdout
+    assert not cache_home.exists()
+
+
+@needs_data
+def test_a_relative_xdg_cache_home_is_ignored(tmp_path):
+    answer = hypernodes(*SMALL, env={"XDG_CACHE_HOME": "relative", "HOME": str(tmp_path)})
+    assert "are kept in ~/.cache/hypernodes/demo: run it again." in answer.stdout
+    assert (tmp_path / ".cache" / "hypernodes" / "demo").is_dir()
+
+
+@needs_data
+def test_a_directory_that_is_no_cache_is_one_line(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    answer = hypernodes(*SMALL, "--cache", str(tmp_path))
+    assert answer.returncode == 1
+    assert answer.stdout == ""
+    assert re.fullmatch(r"hypernodes: .* holds other files .*; or say --no-cache\n", answer.stderr)
+
+
+def stored_in(cache: Path) -> dict[str, float]:
+    """The keys of the results in a cache, and when each was stored."""
+    return {each.key: each.stored_at for each in DiskCache(cache).entries() if len(each.key) == 64}
+
+
+@needs_data
+@posix_only
+@pytest.mark.timeout(300)
+def test_a_demo_that_is_killed_at_any_moment_can_be_run_again_and_computes_only_what_was_not_written(
+    tmp_path, capsys, caplog
+):
+    arguments = ["demo", "--items", "1500", "--queries", "50", "--cache"]
+    command = [sys.executable, "-m", "hypernodes", *arguments]
+    began = time.monotonic()
+    whole = subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, text=True, cwd=ROOT)
+    longest = time.monotonic() - began
+    right, everything = metrics_in(whole.stdout), stored_in(tmp_path / "whole").keys()
+    assert len(everything) > 3_000
+
+    moments = random.Random(0)
+    found = []
+    for turn in range(20):
+        cache = tmp_path / f"killed-{turn}"
+        process = subprocess.Popen(
+            [*command, str(cache)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+        )
+        time.sleep(longest * moments.uniform(0.3, 1.0))
+        process.kill()
+        process.wait(50)
+        written = stored_in(cache)
+        found.append(len(written))
+
+        assert main([*arguments, str(cache)]) == 0
+        assert metrics_in(capsys.readouterr().out) == right
+        assert caplog.messages == [], "a run that was killed is nothing to warn of"
+        now = stored_in(cache)
+        assert now.keys() == everything
+        assert {key: now[key] for key in written} == written, "what was written is not computed again"
+        assert not DiskCache(cache).verify().findings
+    assert any(0 < count < len(everything) for count in found), f"no kill hit a run in its middle: {found}"
 
 
 @needs_data

