@@ -135,10 +135,8 @@ def _gain(cached: int, count: int, where: str, seconds: float, first_took: float
         return f"All {count:,} items were computed, and are kept in {where}: run it again."
     if cached < count:
         return f"{count - cached:,} of {count:,} items were computed; the others were in {where}."
-    return (
-        f"All {count:,} items were in {where}: {seconds:.2f} s, and {first_took:.2f} s when they were computed "
-        f"({first_took / seconds:.1f} × as long)."
-    )
+    gain = f"The run that computed these metrics took {first_took:.2f} s, {first_took / seconds:.1f} × as long."
+    return f"All {count:,} items were in {where}: nothing was computed. {gain}"
 
 
 def _default_cache() -> str:
