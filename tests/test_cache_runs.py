@@ -617,3 +617,40 @@ async def test_functions_in_worker_processes_are_looked_up_first(cache, ran):
     assert await pipeline.arun(x=1) == first
     assert await pipeline.with_backend(backend).arun(x=1) == first
     assert ran.take() == []
+
+
+async def test_what_worker_processes_have_made_is_found_at_once(cache, ran):
+    """A run that follows at once on one in worker processes finds small results of theirs, and large ones."""
+
+    @node("large")
+    async def make(x):
+        ran.note(x)
+        return bytes(200_000 if x % 2 else 10) + bytes([x])
+
+    pipeline = Pipeline([make]).with_cache(cache)
+    async with LocalBackend(map_execution="parallel", max_workers=2) as backend:
+        for x in range(6):
+            there = await pipeline.with_backend(backend).amap({"x": [x, x + 100]}, "x")
+            assert ran.take() == sorted([str(x), str(x + 100)])
+            assert await pipeline.amap({"x": [x, x + 100]}, "x") == there
+            assert ran.take() == []
+
+
+async def test_worker_processes_write_as_they_go_along(cache, ran):
+    """What items of a chunk have made is on disk after about a second, while others of the same chunk go on."""
+
+    @node("y")
+    async def work(x):
+        ran.note(x)
+        await anyio.sleep(PATIENCE_S if x == 3 else 0)
+        return x
+
+    backend = LocalBackend(map_execution="parallel", max_workers=1)
+    pipeline = Pipeline([work], backend=backend).with_cache(cache)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: pipeline.amap({"x": range(8)}, "x"))
+        with anyio.fail_after(PATIENCE_S):
+            while opened(cache.path).stats().entries < 7:
+                await anyio.sleep(0.02)
+        tasks.cancel_scope.cancel()
+    assert ran.take() == [str(x) for x in range(8)]

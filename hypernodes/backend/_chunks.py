@@ -70,6 +70,8 @@ class ChunkedMap:
         """For each row, the digests of its values, where they are known."""
         self._plan = work.program.plan
         self._wanted = tuple(name for name, _ in work.program.outputs)
+        self.saves = scope.cache is not None or self._plan.has_cache
+        """Whether workers write to a cache."""
         self._failures = Failures(scope, spec, work.sink)
         program = work.program
         self._attempts = _crash_attempts(program)
@@ -98,7 +100,15 @@ class ChunkedMap:
         if self._total == 0:
             return
         self.described = self._describe()
-        await Crew.run(self._manage)
+        tracer = self.scope.cache
+        if tracer is None:
+            await Crew.run(self._manage)
+            return
+        await tracer.session.flush()  # for workers to find
+        try:
+            await Crew.run(self._manage)
+        finally:
+            tracer.session.look_again()
 
     async def _manage(self, crew: Crew) -> None:
         for _ in range(self._lanes - 1):
@@ -216,6 +226,7 @@ class ChunkedMap:
         """Take over what a worker has noted of the entries that it has written."""
         if noted and self.scope.cache is not None:
             self.scope.cache.session.remember(noted)
+            self.scope.cache.session.look_again()
 
     def measured(self, items: int, seconds: float) -> None:
         """Note how long a chunk took; the next ones should take TARGET_S."""
@@ -302,6 +313,7 @@ class _Lane:
     async def _serve(self, crew: Crew) -> None:
         worker, chunked = self._worker, self._map
         try:
+            worker.saves = chunked.saves
             await worker.send("map", chunked.described)
             kind, *message = await worker.receive()
             if kind == "raised":

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -35,6 +35,8 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._sending = threading.Lock()
+        self.at_end: Callable[[], None] | None = None
+        """Called before this process ends because its parent has closed the line."""
 
     def receive(self) -> Parts:
         """Read one frame; the parent's end of file is this process's end."""
@@ -51,6 +53,8 @@ class Channel:
             except OSError:
                 got = 0
             if not got:
+                if self.at_end is not None:
+                    self.at_end()
                 os.killpg(0, signal.SIGKILL)
             view = view[got:]
         return data

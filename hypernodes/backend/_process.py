@@ -27,6 +27,8 @@ from hypernodes.errors import ExecutionError, SerializationError, WorkerCrashedE
 from hypernodes.events import format_path
 
 BOARD_SIZE = 1 << 16
+LAST_S = 1.0
+"""Seconds that a worker gets to write to a cache what it has, before it is killed."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
@@ -84,6 +86,11 @@ class _Connection:
             view = view[count:]
         return data
 
+    def end(self) -> None:
+        """Tell the other end that no more will come."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         """Close it, also for those who wait for it."""
         anyio.notify_closing(self._socket)
@@ -99,6 +106,8 @@ class WorkerProcess:
         self._process = process
         self._connection = connection
         self._status: int | None = None
+        self.saves = False
+        """Whether it writes to a cache: then it may do so until LAST_S before it is killed."""
         self.funcs: set[int] = set()
         """The numbers of the functions that it has been sent."""
 
@@ -188,6 +197,10 @@ class WorkerProcess:
         """Kill it with all that it has started; return its exit status, negative for a signal."""
         if self._status is None:
             with anyio.CancelScope(shield=True):
+                if self.saves:
+                    self._connection.end()
+                    with anyio.move_on_after(LAST_S):
+                        await self._process.wait()
                 _kill(self._process.pid)
                 self._status = await self._process.wait()
                 await self._process.aclose()

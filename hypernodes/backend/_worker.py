@@ -29,6 +29,7 @@ import anyio.abc
 
 from hypernodes import events as ev
 from hypernodes._cached import CachedMapRun
+from hypernodes._crew import Crew
 from hypernodes._engine import PipelineExecutionEngine, item_runner
 from hypernodes._feed import ListFeed
 from hypernodes._map_run import MapRun
@@ -39,7 +40,7 @@ from hypernodes._run import Bound, BoundKey, MapWork, Origin, Run, Scope
 from hypernodes._trace import Trace, cached_nodes
 from hypernodes.backend._chunks import STARTED
 from hypernodes.backend._outbox import Channel, Outbox, RemoteBound, sendable
-from hypernodes.backend._process import BOARD_SIZE
+from hypernodes.backend._process import BOARD_SIZE, LAST_S
 from hypernodes.backend._wire import Parts, dump_error, dumps, loads
 
 
@@ -91,6 +92,8 @@ class MapHere:
         self._scope = Scope(run, plan, path, engine, described["backend"], limits)
         self._scope.cache = run.tracer(described["cache"])
         self._limit: int = described["limit"]
+        self.saves = self._scope.cache is not None or plan.has_cache
+        """Whether it writes to a cache."""
 
     async def open(self) -> None:
         """Make ready what every item begins with."""
@@ -124,7 +127,8 @@ class MapHere:
             source = None if digests is None else Origin(iter(digests), _nothing_to_load)
             work = MapWork(self._scope, self._program, {}, self._spec, feed, len(rows), self._outbox, source)
             kind = MapRun if self._scope.cache is None else CachedMapRun
-            await kind(work, self._template, run_item, limit=self._limit, first=first).run()
+            items = kind(work, self._template, run_item, limit=self._limit, first=first)
+            await (Crew.run(partial(self._run_saving, items)) if self.saves else items.run())
         except BaseException as raised:  # noqa: BLE001 - it is raised in the parent
             origin = self._scope.run.forgive(raised, self._scope.path)
             error = dump_error(raised, None if origin == self._scope.path else origin)
@@ -136,6 +140,15 @@ class MapHere:
             for bound in self.bounds:
                 await bound.settled()
         return seconds, error
+
+    async def _run_saving(self, items: MapRun, crew: Crew) -> None:
+        crew.start(lambda _: self._run.save_late())
+        await items.run()
+        crew.stop()
+
+    async def save(self) -> None:
+        """Write to caches what waits to be written."""
+        await self._run.aclose()
 
     def noted(self) -> Any:
         """Return what is to be remembered of the entries that were written."""
@@ -177,6 +190,12 @@ class Worker:
             while True:
                 loop.call_soon_threadsafe(send.send_nowait, self._channel.receive())
 
+        def save() -> None:
+            if self._map is not None and self._map.saves:
+                with suppress(Exception):
+                    asyncio.run_coroutine_threadsafe(self._map.save(), loop).result(LAST_S)
+
+        self._channel.at_end = save
         threading.Thread(target=read, name="hypernodes-reader", daemon=True).start()
         self._channel.send("up")
         async with anyio.create_task_group() as group, receive:

@@ -245,6 +245,10 @@ class DiskCache:
         self.close()
         return report
 
+    def look_again(self) -> None:
+        """Notice at the next lookup what other processes have stored; otherwise that may take half a second."""
+        self._packs.look_again()
+
     def close(self) -> None:
         """Forget what is known of the directory's files; the cache can be used again. No file is ever held open."""
         self._start()

@@ -61,16 +61,23 @@ class PackIndex:
         self._merging = threading.Lock()
         self.changed = float("-inf")
         """When another process was last found to have changed something, in monotonic seconds."""
+        self._stale = False
         self.damaged: dict[str, str] = {}
         """Packs that cannot be read, and why."""
 
     # Looking up
 
+    def look_again(self) -> None:
+        """Have the next call look into the folder, however soon it comes."""
+        self._stale = True
+        self.changed = time.monotonic()
+
     def refresh(self, *, now: bool = False) -> None:
         """Take note of packs that other processes have added or deleted, unless that was done just now."""
-        if not now and time.monotonic() - self.looked < LOOK_AGAIN_S:
+        if not now and not self._stale and time.monotonic() - self.looked < LOOK_AGAIN_S:
             return
         with self._lock:
+            self._stale = False
             before = set(self._numbers) if self.looked > 0 else None
             self.looked = time.monotonic()
             names, changed = self._load_new(before)

@@ -248,6 +248,12 @@ class CacheSession:
 
     # ---- writing
 
+    def look_again(self) -> None:
+        """Have the store look again before it says that something is not there: other processes have written to it."""
+        look_again = getattr(self.store, "look_again", None)
+        if look_again is not None:
+            look_again()
+
     async def flush(self) -> None:
         """Write what waits to be written."""
         batch = self._buffer.take()
