@@ -70,24 +70,32 @@ def data_of(cls: type) -> Iterator[tuple[str, Any]]:
     if isinstance(cls, enum.EnumMeta):
         yield "enum members", [(name, cls[name].value) for name in cls.__members__]
     annotations = own.get("__annotations__", {})
-    for name, annotation in annotations.items():
-        yield f"{name}: annotation", annotation
+    if annotations:
+        yield "annotations", dict(annotations)
     if "__dataclass_params__" in own:
         yield "dataclass", [getattr(own["__dataclass_params__"], option) for option in _DATACLASS_OPTIONS]
-        for name, field in own["__dataclass_fields__"].items():
-            if name in annotations:
-                options = {option: _said(getattr(field, option)) for option in _FIELD_OPTIONS}
-                yield f"{name}: field", options | {"metadata": dict(field.metadata)}
+    if fields := {name: options for name, options in _own_fields(cls) if name in annotations}:
+        yield "fields", fields
+    for kind, decorators in _fields(own.get("__pydantic_decorators__")).items():
+        if isinstance(decorators, dict) and decorators:
+            yield kind, {name: _fields(each.info) for name, each in decorators.items()}
+
+
+def _own_fields(cls: type) -> Iterator[tuple[str, Any]]:
+    """Yield the options of the fields of a dataclass, a pydantic model or an attrs class."""
+    own = cls.__dict__
+    for name, field in own.get("__dataclass_fields__", {}).items():
+        options = [_said(getattr(field, option)) for option in _FIELD_OPTIONS]
+        yield name, [*options, dict(field.metadata)] if field.metadata else options
     for name, field in own.get("__pydantic_fields__", {}).items():
-        if name in annotations:
-            yield f"{name}: field", {slot: getattr(field, slot, None) for slot in field.__slots__ if slot[0] != "_"}
-    for each in own.get("__attrs_attrs__", ()):
-        if not each.inherited:
-            yield f"{each.name}: field", {slot: getattr(each, slot) for slot in each.__slots__ if slot != "inherited"}
-    if "__pydantic_decorators__" in own:
-        for kind, decorators in vars(own["__pydantic_decorators__"]).items():
-            if isinstance(decorators, dict):
-                yield kind, {name: vars(each.info) for name, each in decorators.items()}
+        yield name, {slot: getattr(field, slot, None) for slot in field.__slots__ if slot[0] != "_"}
+    for field in own.get("__attrs_attrs__", ()):
+        yield field.name, {slot: getattr(field, slot) for slot in field.__slots__}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass's instance, as they are."""
+    return {name: getattr(value, name) for name in getattr(type(value), "__dataclass_fields__", ())}
 
 
 def _said(value: Any) -> Any:

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import builtins
 import functools
 import hashlib
-import importlib.util
+import inspect
 import logging
 import operator
 import sys
 import types
 import typing
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, MappingProxyType, ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 from hypernodes._node import Node, node
-from hypernodes._signature.captured import MUTATING_METHODS, Chain, Import, Writes, names_in
+from hypernodes._signature.captured import MUTATING_METHODS, Chain, Import, names_in
 from hypernodes._signature.code import code_of
 from hypernodes._signature.members import (
     ABSENT,
-    MUTABLE,
     data_of,
     functions_of,
     is_generated,
     is_own,
-    member,
-    written_on_self,
 )
 from hypernodes._signature.origin import foreign_parts, module_name
+from hypernodes._signature.scope import asked_for, builtins_of, cells_of, content_of, import_for, module_of, resolve
+from hypernodes._signature.state import State, Variable
 from hypernodes._signature.stream import SCALARS
 from hypernodes._signature.values import hash_value
 from hypernodes.errors import UncacheableError
-
-Variable: TypeAlias = tuple[object, ...]
-"""What holds a value: a cell, or a namespace and a name."""
 
 _BUILTINS = (
     types.BuiltinFunctionType,
@@ -45,7 +40,6 @@ _BUILTINS = (
     types.WrapperDescriptorType,
     types.MethodWrapperType,
 )
-_UNCHANGING = (*SCALARS, tuple, frozenset, range)
 _MAPPINGS = (dict, MappingProxyType)
 _CONTAINERS = (*_MAPPINGS, list, tuple, set, frozenset)
 _LOGGERS = (logging.Logger, logging.LoggerAdapter, logging.Handler)
@@ -81,18 +75,14 @@ class Walk:
         self._captured: list[_Captured] = []
         self._kept: list[Any] = []  # what the walk itself made: an address names it only while it lives
         self._bound: set[tuple[object, ...]] = set()
-        self._attributes: set[str] = set()
-        self._state: set[tuple[object, ...]] = set()  # variables that the code assigns to
-        self._changed: set[int] = set()  # objects whose content it changes, by address
-        self._stored: defaultdict[int, set[str]] = defaultdict(set)  # attributes that it sets, by object
-        self._on_self: dict[tuple[int, ...], set[str]] = {}
+        self._state = State()
         self._opaque: set[str] = set()
 
     def enter(self, func: Any) -> str:
         """Start from a function; return what it is called."""
         name = self._reference(func)
         if name is None:
-            self._attributes.add("__call__")
+            self._state.mentioned.add("__call__")
             name = f"object of {self._class(type(func))}"
             self._capture(name, func)
         return name
@@ -174,10 +164,10 @@ class Walk:
         owner = repr(func.__code__.co_qualname) + part.rpartition(")")[2]  # with its number
         self._uses(func, owner)
         for name, value in _defaults(func):
-            if not self._is_changed_parameter(func, name, value):
+            if not self._state.is_memory(func, name, value):
                 self._capture(f"default of {name!r} of {owner}", value)
         wrapped = func.__dict__.get("__wrapped__")
-        if wrapped is not None and all(wrapped is not _content(each) for each in func.__closure__ or ()):
+        if wrapped is not None and all(wrapped is not content_of(each) for each in func.__closure__ or ()):
             self._bind(f"wrapped by {owner}", (id(func), "__wrapped__"), wrapped)
 
     def _wrapper(self, wrapper: Any, module: str, kind: str) -> str:
@@ -199,9 +189,7 @@ class Walk:
             inner = inner.__dict__["__wrapped__"]
         if isinstance(inner, FunctionType):
             written = code_of(inner)
-            decorators = [
-                digest for chain, digest in written.decorators if chain and self._resolve(inner, chain) is not node
-            ]
+            decorators = [digest for chain, digest in written.decorators if chain and resolve(inner, chain) is not node]
             self._pieces[f"decorators of {_inner_name(wrapper)}"] = [*decorators, written.annotations]
 
     def _module(self, module: ModuleType) -> str:
@@ -230,7 +218,7 @@ class Walk:
 
     def _follow_method(self, func: Any, instance: Any, part: str) -> None:
         owner = instance if isinstance(instance, type) else type(instance)
-        self._attributes.add(getattr(func, "__name__", ""))
+        self._state.mentioned.add(getattr(func, "__name__", ""))
         self._bind(part, (id(instance), id(func)), owner)
         if not any(is_own(func, each) for each in owner.__mro__):
             self._bind(part, (id(instance), id(func), "function"), func)
@@ -272,14 +260,13 @@ class Walk:
 
     def _uses(self, func: FunctionType, owner: str) -> None:
         code = code_of(func)
-        self._attributes |= code.uses.attributes
-        self._note_writes(func, code.uses.outer)
+        self._state.note(func)
         imports: defaultdict[str, list[Import]] = defaultdict(list)
         for each in code.uses.imports:
             imports[each.name].append(each)
         for each in imports.pop("", []):
-            self._import(func, each)
-        cells = _cells(func)
+            import_for(func, each)
+        cells = cells_of(func)
         for chain in code.reads:
             name = chain[0]
             if name in imports:
@@ -288,7 +275,7 @@ class Walk:
             elif name in cells:
                 if name != "__class__":
                     cell = cells[name]
-                    value = _content(cell)
+                    value = content_of(cell)
                     self._bind(f"closure variable {name!r} of {owner}", ("cell", id(cell)), value, chain=chain)
             else:
                 self._read_name(func.__globals__, chain)
@@ -297,9 +284,9 @@ class Walk:
         """A global variable, or an attribute of a module of the project, which is one of its global variables."""
         name = chain[0]
         if name not in names:
-            if name in _builtins(names):
+            if name in builtins_of(names):
                 return
-            if (value := _lazily(names, name)) is ABSENT:
+            if (value := asked_for(names, name)) is ABSENT:
                 self._pieces[f"global {name!r} (module {module_name(names)!r})"] = [b"absent"]
                 return
         else:
@@ -313,13 +300,13 @@ class Walk:
         self._bind(f"global {name!r} (module {module!r})", (id(names), name), value, own, chain)
 
     def _read_import(self, func: FunctionType, what: Import, chain: Chain, owner: str) -> None:
-        module = _absolute(func, what)
+        module = module_of(func, what)
         if module and foreign_parts(module) is not None:
             self._pieces[f"import of {what.name!r} in {owner}"].append(
                 self._foreign(module, what.attribute or "").encode()
             )
             return
-        loaded = self._import(func, what)
+        loaded = import_for(func, what)
         if loaded is None:
             self._pieces[f"import of {what.name!r} in {owner}"].append(b"absent")
         elif what.attribute:
@@ -328,19 +315,6 @@ class Walk:
             self._read_name(vars(loaded), chain[1:])
         else:
             self._bind(f"import of {what.name!r} in {owner}", (id(func), what), loaded)
-
-    def _import(self, func: FunctionType, what: Import) -> ModuleType | None:
-        """Import a module of the project, as the function is about to do."""
-        module = _absolute(func, what)
-        if not module or foreign_parts(module) is not None:
-            return None
-        try:
-            loaded = importlib.import_module(module)
-            if what.attribute and what.attribute not in vars(loaded):
-                importlib.import_module(f"{module}.{what.attribute}")
-        except Exception:  # noqa: BLE001 - importing runs the user's own code; the function may expect it to fail
-            return None
-        return loaded
 
     def _bind(self, part: str, variable: tuple[object, ...], value: Any, own: str = "", chain: Chain = ()) -> None:
         """A name stands for code or a value; for code of that very name (`own`) there is nothing to say."""
@@ -369,57 +343,6 @@ class Walk:
             if not name.startswith("_") and not isinstance(value, ModuleType):
                 self._read_name(vars(module), (name,))
 
-    def _note_writes(self, func: FunctionType, writes: Writes) -> None:
-        cells = _cells(func)
-        for name in writes.rebound:
-            self._state.add(("cell", id(cells[name])) if name in cells else (id(func.__globals__), name))
-        for chain in writes.stored:
-            self._note_attribute(self._resolve(func, chain[:-1]), chain[-1])
-        for chain in (*writes.mutated, *writes.called, *writes.called_inside):
-            value = self._resolve(func, chain)
-            if chain not in writes.mutated:
-                by_call = chain in writes.called and isinstance(value, MUTABLE)
-                if not by_call and not (chain in writes.called_inside and _holds_containers(value)):
-                    continue
-            if value is not ABSENT and not isinstance(value, (*_UNCHANGING, ModuleType)):
-                self._changed.add(id(value))
-            if len(chain) > 1:
-                self._note_attribute(self._resolve(func, chain[:-1]), chain[-1])
-            else:
-                self._state.add(
-                    ("cell", id(cells[chain[0]])) if chain[0] in cells else (id(func.__globals__), chain[0])
-                )
-
-    def _note_attribute(self, owner: Any, attribute: str) -> None:
-        if isinstance(owner, ModuleType):
-            self._state.add((id(vars(owner)), attribute))
-        elif owner is not ABSENT and not isinstance(owner, _UNCHANGING):
-            self._stored[id(owner)].add(attribute)
-            self._state.add((id(owner), attribute))
-
-    def _resolve(self, func: FunctionType, chain: Chain) -> Any:
-        """Return what a chain of names stands for, without running anything; `ABSENT` if that cannot be told."""
-        cells = _cells(func)
-        imports = [each for each in code_of(func).uses.imports if each.name == chain[0]]
-        if imports:
-            loaded = self._import(func, imports[0])
-            value = member(loaded, imports[0].attribute) if imports[0].attribute else loaded
-        elif chain[0] in cells:
-            value = _content(cells[chain[0]])
-        else:
-            value = func.__globals__.get(chain[0], ABSENT)
-        for name in chain[1:]:
-            value = member(value, name)
-        return value
-
-    def _is_changed_parameter(self, func: FunctionType, name: str, value: Any) -> bool:
-        """Say whether a default is memory between calls, as in `def f(x, seen={})`."""
-        writes = code_of(func).uses.parameters
-        if isinstance(value, _UNCHANGING):
-            return False
-        changed = any(chain[0] == name for chain in writes.mutated | writes.stored)
-        return changed or (isinstance(value, MUTABLE) and (name,) in writes.called)
-
     # ---- values
 
     def _capture(
@@ -428,10 +351,7 @@ class Walk:
         self._captured.append(_Captured(part, value, variable, label, owner))
 
     def _is_state(self, captured: _Captured) -> bool:
-        if captured.variable in self._state or id(captured.value) in self._changed:
-            return True
-        owner = captured.owner
-        return owner is not None and captured.label in self._written_on_self(owner)
+        return self._state.holds(captured.value, captured.variable, captured.owner, captured.label)
 
     def _weigh(self, captured: _Captured) -> None:
         """Take the digest of a captured value, unless it is state or was taken already."""
@@ -439,24 +359,10 @@ class Walk:
         if type(value) in SCALARS:
             captured.digest = captured.digest or hash_value(value)
         elif not self._is_state(captured):
-            without = self._written_attributes(value)
+            without = self._state.written_attributes(value)
             if captured.without != without:
                 captured.without = without
                 captured.digest = self._digest(value, captured.part, without)
-
-    def _written_attributes(self, value: Any) -> frozenset[str]:
-        kind = type(value)
-        if kind in _CONTAINERS or foreign_parts(kind.__module__) is not None:
-            return frozenset(self._stored.get(id(value), ()))
-        return frozenset(self._stored.get(id(value), set()) | self._written_on_self(kind, value))
-
-    def _written_on_self(self, cls: type, instance: Any = None) -> set[str]:
-        """Return what methods write, among those that are mentioned so far."""
-        key = id(cls), id(instance), len(self._attributes)
-        known = self._on_self.get(key)
-        if known is None:
-            known = self._on_self[key] = written_on_self(cls, self._attributes, instance)
-        return known
 
     def _digest(self, value: Any, name: str, without: frozenset[str]) -> bytes:
         classes: set[type] = set()
@@ -512,7 +418,7 @@ class Walk:
                 return _CODE, hash_value(value, classes=classes)
         except UncacheableError:
             if foreign_parts(kind.__module__) is None and hasattr(value, "__dict__") and id(value) not in within:
-                return self._attributes_of(value, opaque, self._written_attributes(value), (*within, id(value)))
+                return self._attributes_of(value, opaque, self._state.written_attributes(value), (*within, id(value)))
         finally:
             self._follow_classes(classes)
         self._opaque.add(f"{opaque}: {kind.__module__}.{kind.__qualname__}")
@@ -551,8 +457,9 @@ class Walk:
                     self._follow_member(cls, name, func, part)
         for label, value in data_of(cls):
             self._capture(part, value, (id(cls), label), label, cls)
-            if label.endswith(": annotation") and isinstance(value, str):
-                self._follow_annotation(cls, value)
+        for annotation in inspect.get_annotations(cls).values():
+            if isinstance(annotation, str):
+                self._follow_annotation(cls, annotation)
 
     def _follow_member(self, cls: type, name: str, func: Any, part: str) -> None:
         if not is_own(func, cls):
@@ -561,7 +468,7 @@ class Walk:
         self._pieces[part].append(code_of(func).digest)
         self._uses(func, repr(f"{cls.__qualname__}.{name}"))
         for parameter, value in _defaults(func):
-            if not self._is_changed_parameter(func, parameter, value):
+            if not self._state.is_memory(func, parameter, value):
                 self._capture(part, value, label=f"default of {parameter!r} of {name!r}")
 
     def _follow_annotation(self, cls: type, annotation: str) -> None:
@@ -570,12 +477,6 @@ class Walk:
         for name in names_in(annotation):
             if isinstance(names.get(name), type):
                 self._read_name(names, (name,))
-
-
-def _holds_containers(value: Any) -> bool:
-    """Say whether all that a container holds at present are containers too."""
-    items = value.values() if isinstance(value, Mapping) else value
-    return isinstance(value, MUTABLE) and all(isinstance(each, MUTABLE) for each in items)
 
 
 def _joined(*pieces: bytes) -> bytes:
@@ -601,38 +502,3 @@ def _defaults(func: FunctionType) -> Iterator[tuple[str, Any]]:
     if values := func.__defaults__:
         yield from zip(code.co_varnames[code.co_argcount - len(values) : code.co_argcount], values, strict=True)
     yield from sorted((func.__kwdefaults__ or {}).items())
-
-
-def _cells(func: FunctionType) -> dict[str, types.CellType]:
-    return dict(zip(func.__code__.co_freevars, func.__closure__ or (), strict=True))
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing has been assigned yet
-        return ABSENT
-
-
-def _builtins(names: dict[str, Any]) -> Mapping[str, Any]:
-    found = names.get("__builtins__", builtins)
-    return vars(found) if isinstance(found, ModuleType) else found
-
-
-def _lazily(names: dict[str, Any], name: str) -> Any:
-    """Return what a module makes when it is asked for it: by its `__getattr__`, or by importing a submodule."""
-    module = sys.modules.get(names.get("__name__", ""))
-    try:
-        return getattr(module, name, ABSENT) if module is not None and vars(module) is names else ABSENT
-    except Exception:  # noqa: BLE001 - a module's `__getattr__` is the user's own code
-        return ABSENT
-
-
-def _absolute(func: FunctionType, what: Import) -> str:
-    if not what.level:
-        return what.module
-    package = func.__globals__.get("__package__") or func.__globals__.get("__name__", "").rpartition(".")[0]
-    try:
-        return importlib.util.resolve_name("." * what.level + what.module, package)
-    except ImportError:
-        return ""
