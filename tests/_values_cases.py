@@ -6,10 +6,12 @@ come through a pipe. `test_values.py` compares what several processes say.
 
 import array
 import collections
+import configparser
 import contextvars
 import dataclasses
 import datetime as dt
 import decimal
+import email.message
 import enum
 import fractions
 import functools
@@ -331,6 +333,19 @@ def numbers() -> Iterator[int]:
     yield 1
 
 
+class Wired:
+    """Its attributes are methods of its own, and functions that hold it."""
+
+    def __init__(self, name: str, size: int = 30) -> None:
+        self.name = name
+        self.handlers = [functools.partial(self.handle, i) for i in range(size)]
+        self.bound = [self.handle] * size
+        self.closures = [lambda: self.name for _ in range(size)]
+
+    def handle(self, number: int) -> str:
+        return self.name * number
+
+
 def shout(text: str) -> str:
     return text.upper() + "!"
 
@@ -630,6 +645,11 @@ def random_generators() -> Any:
 @equal
 def functions() -> Any:
     return [shout, len, math.sqrt, Plain], [shout, len, math.sqrt, Plain]
+
+
+@equal
+def objects_that_hold_their_own_methods() -> Any:
+    return Wired("a"), Wired("a")
 
 
 @equal
@@ -946,6 +966,18 @@ def other_values_of_the_library() -> Any:
 
 
 @differ
+def objects_of_the_library_whose_content_is_private() -> Any:
+    found: list[Any] = []
+    for word in ("a", "b"):
+        config = configparser.ConfigParser()
+        config.read_dict({"section": {"key": word}})
+        message = email.message.EmailMessage()
+        message["Subject"] = word
+        found += [config, message, types.SimpleNamespace(_key=word), types.SimpleNamespace(key=word)]
+    return found
+
+
+@differ
 def exceptions() -> Any:
     return [ValueError("a"), ValueError("b"), KeyError("a"), OSError(2, "no", "x"),
             OSError(2, "no", "y"), Failure("a", 1), Failure("a", 2)]  # fmt: skip
@@ -992,7 +1024,8 @@ def numpy_types() -> Any:
 
 @differ
 def different_functions() -> Any:
-    return [shout, whisper, len, abs, functools.partial(shout, "a"), functools.partial(shout, "b"),
+    return [Wired("a"), Wired("b"), Wired("a").handle, Wired("b").handle,
+            shout, whisper, len, abs, functools.partial(shout, "a"), functools.partial(shout, "b"),
             Plain, Child, "".upper, "a".upper, lambda: 1, lambda: 2, math, functools.lru_cache(shout)]  # fmt: skip
 
 
@@ -1039,6 +1072,19 @@ def different_sparse_matrices() -> Any:
 
 
 needing("scipy")(different_sparse_matrices)
+
+
+@differ
+def different_estimators() -> Any:
+    from sklearn.linear_model import LinearRegression
+    from sklearn.neighbors import KNeighborsRegressor
+
+    x, y = np.arange(10.0).reshape(5, 2), np.arange(5.0)
+    near, line = KNeighborsRegressor, LinearRegression
+    return [near(2).fit(x, y), near(2).fit(x * 3, y), near(3).fit(x, y), near(2), line(), line().fit(x, y)]
+
+
+needing("sklearn")(different_estimators)
 
 
 @differ
@@ -1142,9 +1188,9 @@ def private_slots_alone() -> Any:
     return [0, (1, 2, SlottedPrivate())]
 
 
-@refused("value: a threading.Thread has no state but")
-def a_thread() -> Any:
-    return threading.Thread()
+@refused("value._cond._lock: a _thread.lock keeps its content outside")
+def an_event() -> Any:
+    return threading.Event()
 
 
 @refused("value: a object is told from another only by its address")

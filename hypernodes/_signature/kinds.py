@@ -15,13 +15,13 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 from hypernodes._signature.builtin import CODE, EXACT, OPEN, TABLE, Written, hash_of_code
-from hypernodes._signature.packages import KNOWN, STATELESS
+from hypernodes._signature.packages import KNOWN, STATELESS, WHOLE
 from hypernodes._signature.stream import SCALARS, Composite, Encoded, head, identity, names, text
 from hypernodes.errors import UncacheableError
 
 ADVICE = (
     "give its class a `__cache_key__()` that returns a str naming all that results depend on; inside an object of "
-    "yours, hold what no result depends on in an attribute whose name starts with '_', which does not count"
+    "your own, hold what no result depends on in an attribute whose name starts with '_', which does not count"
 )
 
 Handler: TypeAlias = Callable[[Any], Encoded]
@@ -34,10 +34,10 @@ def handler_of(cls: type) -> Handler:
         return handler
     if getattr(cls, "__cache_key__", None) is not None:  # asked each time: a notebook may add it to a class
         return _by_cache_key
-    kind = _kinds.get(cls)
-    if kind is None:
-        kind = _kinds[cls] = Kind(cls)
-    return kind
+    handler = _kinds.get(cls)
+    if handler is None:
+        handler = _kinds[cls] = hash_of_code if issubclass(cls, CODE) else Kind(cls)
+    return handler
 
 
 class Kind:
@@ -56,6 +56,7 @@ class Kind:
         "_refused",
         "_slots",
         "_stateful",
+        "_whole",
         "own",
     )
 
@@ -66,6 +67,7 @@ class Kind:
         self._stateful = base is not cls and (base is None or _package(base) not in STATELESS)
         package = _package(cls)  # is it the user's own?
         self.own = package not in sys.stdlib_module_names and (base is None or package != _package(base))
+        self._whole = base is None and _keeps_content_private(cls)
         self._has_dict = cls.__dictoffset__ != 0
         self._slots = _slots(cls)
         self._declared = _declared(cls)
@@ -106,13 +108,15 @@ class Kind:
                 continue  # not set
         for name in self._derived:
             found.pop(name, None)
+        if self._whole:
+            return found, []
         private = [name for name in found if name[:1] == "_" and name not in self._declared]
         for name in private:
             del found[name]
         return found, private
 
 
-_kinds: WeakKeyDictionary[type, Kind] = WeakKeyDictionary()
+_kinds: WeakKeyDictionary[type, Handler] = WeakKeyDictionary()
 
 
 def _by_cache_key(value: Any) -> bytes:
@@ -126,8 +130,6 @@ def _known(cls: type) -> tuple[type | None, Handler | None]:
     """Return the nearest known base of a class, and how its content is written."""
     if issubclass(cls, Enum):
         return Enum, _enum
-    if issubclass(cls, CODE):
-        return cls, hash_of_code
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
         return tuple, _named_tuple(cls._fields)
     if issubclass(cls, tuple) and hasattr(cls, "n_sequence_fields"):  # such as os.stat_result, which hides some fields
@@ -213,6 +215,12 @@ def _derived(cls: type) -> frozenset[str]:
     """Return the names under which cached properties keep what they found: whether they were asked does not count."""
     attributes = [item for base in cls.__mro__ for item in vars(base).items()]
     return frozenset(name for name, each in attributes if type(each).__name__ == "cached_property")
+
+
+def _keeps_content_private(cls: type) -> bool:
+    """Say whether private attributes are content, as in many classes of the standard library, or of bases of it."""
+    bases = [base for base in cls.__mro__ if _package(base) in WHOLE and base is not object]
+    return cls in bases or any("__init__" in vars(base) for base in bases)
 
 
 def _package(cls: type) -> str:

@@ -190,5 +190,8 @@ KNOWN: dict[tuple[str, str], Callable[[Any], Encoded]] = {
     ("pydantic_core", "MultiHostUrl"): _as_text,
 }
 
+WHOLE = sys.stdlib_module_names | {"sklearn"}
+"""Packages whose classes keep content in private attributes: all count, unlike in those of users."""
+
 STATELESS = {"PIL", "pandas", "polars", "scipy"}
 """Packages whose classes show in public attributes what their content tells already, or what varies with its use."""

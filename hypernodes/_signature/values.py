@@ -11,8 +11,10 @@ contains itself do objects refer to each other.
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar
 from typing import Any
 
+from hypernodes._signature.builtin import hash_of_code
 from hypernodes._signature.kinds import Kind, handler_of
 from hypernodes._signature.stream import ALGORITHM, FLUSH, SCALARS, Composite, Encoded, digest_of, head
 from hypernodes.errors import UncacheableError
@@ -45,24 +47,42 @@ def _walk(root: Any, name: str, classes: set[type] | None) -> bytes:
     A reference to an object that is still being written counts as how many levels up that is. An object with such
     references to above itself has no encoding of its own. While what it refers to is being written, it is known by
     its number among objects like it; after that, it is written anew. All others are known by their encodings.
+
+    Code is hashed elsewhere, and comes back here with the values that it captured, such as the object that is being
+    written, where one of its attributes is its own method.
     """
+    around = _around.get(None) or _Around({}, 0)
+    base = around.level
     stack: list[Composite] = []
-    active: dict[int, int] = {}  # the level of each object that is being written
+    active = around.active.copy()  # the level of each object that is being written
     looping: dict[int, tuple[int, int, Any]] = {}  # its number, the highest level it refers to, and the object
     finished: dict[int, tuple[bytes, Any]] = {}  # with the object: an address names it only while it lives
 
     def opened(value: Any) -> Encoded:
         handler = handler_of(type(value))
+        level = base + len(stack)
+        if handler is hash_of_code:
+            inner = _Around(active, level)
+            token = _around.set(inner)
+            try:
+                return handler(value)
+            finally:
+                _around.reset(token)
+                if stack:
+                    stack[-1].low = min(stack[-1].low, inner.low)
         if classes is not None and type(handler) is Kind and handler.own:
             classes.add(type(value))
         written = handler(value)
         if isinstance(written, Composite):
             written.value = value
-            written.low = active[id(value)] = len(stack)
+            written.low = active[id(value)] = level
             written.looping = len(looping)
         return written
 
     try:
+        if id(root) in active:
+            around.low = min(around.low, active[id(root)])
+            return head(b"^", base - active[id(root)])
         written = opened(root)
         if isinstance(written, bytes):
             return written
@@ -78,7 +98,7 @@ def _walk(root: Any, name: str, classes: set[type] | None) -> bytes:
                 if key in finished:
                     append(finished[key][0])
                 elif key in active:
-                    append(head(b"^", len(stack) - active[key]))
+                    append(head(b"^", base + len(stack) - active[key]))
                     frame.low = min(frame.low, active[key])
                 elif key in looping:
                     number, low, _ = looping[key]
@@ -100,13 +120,14 @@ def _walk(root: Any, name: str, classes: set[type] | None) -> bytes:
                 encoding = frame.finish()
                 key = id(frame.value)
                 del active[key]
-                if frame.low < len(stack):
+                if frame.low < base + len(stack):
                     looping[key] = len(looping), frame.low, frame.value
                 else:
                     _forget(looping, frame.looping)
                     if encoding[0] == _DIGEST and sys.getrefcount(frame.value) > _ALONE:
                         finished[key] = encoding, frame.value
                 if not stack:
+                    around.low = min(around.low, frame.low)
                     return encoding
                 low = frame.low
                 frame = stack.pop()
@@ -121,6 +142,19 @@ def _walk(root: Any, name: str, classes: set[type] | None) -> bytes:
         if isinstance(error, UncacheableError):
             raise UncacheableError(f"{path}: {error}") from error.__cause__
         raise UncacheableError(f"{path}: it cannot be hashed: {type(error).__name__}: {error}") from error
+
+
+class _Around:
+    """What is being written while code is hashed: objects by level, the code's level, and the highest referred to."""
+
+    __slots__ = ("active", "level", "low")
+
+    def __init__(self, active: dict[int, int], level: int) -> None:
+        self.active = active
+        self.level = self.low = level
+
+
+_around: ContextVar[_Around] = ContextVar("around")
 
 
 def _forget(looping: dict[int, tuple[int, int, Any]], keep: int) -> None:
