@@ -175,7 +175,9 @@ class _Teller:
                 bool(items) and all(digest is not None and digest is not BY_VALUE for digest in digests)
             ) or not rows
             trace[target] = made if known else _NEVER_RUN
-            trace.digests[target] = Listed(digests, made) if known and isinstance(template, Trace) else None
+            trace.digests[target] = None
+            if known and isinstance(template, Trace):
+                trace.digests[target] = Listed(digests, made, trace.recipe.tracer.session)
 
     def _forget_unknown(self, trace: Trace) -> None:
         for slot, value in enumerate(trace):

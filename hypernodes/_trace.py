@@ -39,11 +39,12 @@ FAILED: Digest = hash_value(None)
 class Listed:
     """The digest of a list that a mapped pipeline has made: those of its items, and the list itself."""
 
-    __slots__ = ("_digest", "items", "values")
+    __slots__ = ("_digest", "_session", "items", "values")
 
-    def __init__(self, items: list[Any], values: list[Any]) -> None:
+    def __init__(self, items: list[Any], values: list[Any], session: CacheSession | None) -> None:
         self.items = items
         self.values = values
+        self._session = session
         self._digest: Any = None
 
     @property
@@ -52,7 +53,7 @@ class Listed:
         if self._digest is None:
             for index, digest in enumerate(self.items):
                 if digest is BY_VALUE:
-                    self.items[index] = hashed(self.values[index])
+                    self.items[index] = hashed(self.values[index], self._session)
             flat = [each.digest if type(each) is Listed else each for each in self.items]
             self._digest = NO_DIGEST if NO_DIGEST in flat else listed(flat)
         return self._digest
@@ -67,23 +68,24 @@ class _Sent(Listed):
     __slots__ = ()
 
     def __init__(self, items: list[Any], digest: Any) -> None:
-        super().__init__(items, [])
+        super().__init__(items, [], None)
         self._digest = digest
 
 
-def settled(digest: Any, value: Any) -> Any:
+def settled(digest: Any, value: Any, session: CacheSession) -> Any:
     """Return a digest that another process can use: one that says that its value is to be hashed is hashed now."""
     if digest is BY_VALUE:
-        return hashed(value)
+        return hashed(value, session)
     if type(digest) is Listed:
         digest.digest  # noqa: B018 - hashes its items
     return digest
 
 
-def hashed(value: Any) -> Any:
+def hashed(value: Any, session: CacheSession | None) -> Any:
     """Return the digest of a value, or NO_DIGEST."""
+    assert session is not None
     try:
-        return hash_value(value)
+        return session.digest(value)
     except UncacheableError:
         return NO_DIGEST
 
@@ -253,7 +255,7 @@ class Trace(list[Any]):
         digest = self.digests[slot]
         if digest is BY_VALUE:
             try:
-                digest = hash_value(self[slot])
+                digest = self.recipe.tracer.session.digest(self[slot])
             except UncacheableError as error:
                 name = next(name for name, each in step.parameters if each == slot)
                 self.recipe.tracer.session.uncacheable(step.node, f"input {name!r}: {error}")
@@ -349,7 +351,7 @@ class Trace(list[Any]):
                 self.digests[target] = BY_VALUE
                 if columns.lazy:
                     items = [FAILED if each is None else each for each in columns.digests[count]]
-                    self.digests[target] = Listed(items, columns.lists[count])
+                    self.digests[target] = Listed(items, columns.lists[count], self.recipe.tracer.session)
             else:
                 self.digests[target] = inside.digests[slot] if type(inside) is Trace else BY_VALUE
 

@@ -19,6 +19,7 @@ from hypernodes._mapping import ItemFailure
 from hypernodes._trace import settled
 from hypernodes.backend._chunks import DONE
 from hypernodes.backend._wire import COUNT, LENGTH, Parts, dump_error, dumps, frame, packed, with_error
+from hypernodes.cache._session import CacheSession
 from hypernodes.errors import SerializationError
 
 FLUSH_S = 0.05
@@ -129,6 +130,8 @@ class Outbox:
         self, channel: Channel, board: mmap.mmap, wanted: tuple[str, ...], kinds: frozenset[type], *, traced: bool
     ) -> None:
         self._traced = traced
+        self.session: CacheSession | None = None
+        """The worker's use of the cache, where there is one."""
         self._channel = channel
         self._board = board
         self._wanted = wanted
@@ -165,8 +168,8 @@ class Outbox:
         item: Finished
         try:
             known = None
-            if digests is not None and self._traced:
-                known = [settled(digest, value) for digest, value in zip(digests, outputs, strict=True)]
+            if digests is not None and self._traced and self.session is not None:
+                known = [settled(digest, value, self.session) for digest, value in zip(digests, outputs, strict=True)]
             item = index, packed(outputs), known, None
         except Exception:  # noqa: BLE001 - pickling runs the user's code
             item = index, None, None, dump_error(self._unsendable(index, outputs), None)

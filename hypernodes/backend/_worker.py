@@ -91,6 +91,7 @@ class MapHere:
         # A store that cannot be shared was left out, whichever pipeline has set it.
         self._scope = Scope(run, plan, path, engine, described["backend"], limits)
         self._scope.cache = run.tracer(described["cache"])
+        self._outbox.session = None if self._scope.cache is None else self._scope.cache.session
         self._limit: int = described["limit"]
         self.saves = self._scope.cache is not None or plan.has_cache
         """Whether it writes to a cache."""

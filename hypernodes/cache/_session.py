@@ -8,13 +8,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import anyio
 
 from hypernodes._cost import CHEAP_S, Cost
 from hypernodes._node import Node
-from hypernodes._signature.code import Fingerprint, fingerprint
+from hypernodes._signature.code import Fingerprint, fingerprint, hash_code
 from hypernodes._signature.dependencies import hash_dependencies
 from hypernodes._signature.keys import call_prefix
 from hypernodes._signature.values import hash_value
@@ -86,6 +87,8 @@ class CacheSession:
         self._buffer = buffer_of(identity(store))
         self._secret: bytes | None = getattr(store, "key", None)
         self._codes: dict[Node[..., Any], Code | None] = {}
+        self._classes: dict[type, bytes] = {}
+        """Digests of the code of classes that inputs are of."""
         self._fresh: set[str] = set()
         self._broken: set[str] = set()
         self._held: dict[str, Any] = {}
@@ -125,6 +128,23 @@ class CacheSession:
         return Code(node, prefix, names, print_, parts, history, Cost(), about)
 
     # ---- entries
+
+    def digest(self, value: Any) -> bytes:
+        """Return the digest of a value that is an input, with the code of the classes that its objects are of.
+
+        Safe in any thread.
+
+        Raises:
+            UncacheableError: it has no identity that holds in another process.
+        """
+        classes: set[type] = set()
+        digest = hash_value(value, classes=classes)
+        if not classes:
+            return digest
+        for each in classes:
+            if each not in self._classes:
+                self._classes[each] = hash_code(each)
+        return sha256(b"".join([digest, *sorted(self._classes[each] for each in classes)])).digest()
 
     async def find(self, keys: Sequence[str]) -> set[str]:
         """Return which of these keys have an entry."""
