@@ -401,6 +401,63 @@ def test_what_others_replace_is_found_at_once(cache, path, size):
     assert read(cache, "old") == {"old": 2}
 
 
+@pytest.mark.parametrize(("before", "after"), [(LARGE, LARGE), (LARGE, 300), (300, LARGE)])
+def test_a_replaced_large_entry_takes_no_room(cache, path, before, after):
+    """The file of a large entry goes when it is replaced, and a merge drops what was replaced in packs."""
+    write(cache, before, old=1)
+    write(cache, after, old=2)
+    assert len(files(path, f"{key('old')}-*")) == (after == LARGE)
+    cache._packs.rewrite(cache._packs.packs)
+    assert len(files(path)) == 1
+    assert read(cache, "old") == read(DiskCache(path), "old") == {"old": 2}
+
+
+def test_of_several_files_for_a_key_the_newest_counts(cache, path):
+    """A writer that was killed may leave the file that it has replaced: it is not read, not counted, and pruned."""
+    write(cache, LARGE, old=1)
+    (earlier,) = files(path)
+    data = earlier.read_bytes()
+    write(cache, LARGE, old=2)
+    earlier.write_bytes(data)
+    fresh = DiskCache(path)
+    assert read(fresh, "old") == {"old": 2}
+    assert (fresh.stats().entries, fresh.stats().files, fresh.verify().entries, len([*fresh.entries()])) == (1, 2, 1, 1)
+    assert (fresh.prune().entries, len(files(path))) == (0, 1)
+    assert read(fresh, "old") == {"old": 2}
+
+
+def test_two_changes_at_one_moment_are_both_seen(cache, path):
+    """A folder that was listed a moment ago is listed again, though its mtime, which is coarse, is the same."""
+    one, two = [of for of in range(3000) if key(of).endswith("00")][:2]
+    other = DiskCache(path)
+    other.write({key(one): entry(one, 1, LARGE)})
+    assert read(cache, one, two) == {one: 1}
+    folder = f"{path}/entries/00"
+    mtime_ns = os.stat(folder).st_mtime_ns
+    other.write({key(two): entry(two, 1, LARGE)})
+    os.utime(folder, ns=(mtime_ns, mtime_ns))
+    time.sleep(OTHERS_ARE_SEEN_AFTER_S)
+    assert read(cache, one, two) == {one: 1, two: 1}
+
+
+def test_what_is_cleared_during_a_merge_does_not_come_back(cache, path, monkeypatch):
+    """A merged pack is not put in place when those that it is made of have been deleted meanwhile."""
+    for turn in range(3):
+        write(cache, **{f"n{turn}": turn})
+    write_file = cache._root.write
+
+    def write_and_clear(buffers):
+        temporary = write_file(buffers)
+        DiskCache(path).clear()
+        return temporary
+
+    monkeypatch.setattr(cache._root, "write", write_and_clear)
+    with pytest.raises(FileNotFoundError):
+        cache._packs.rewrite(cache._packs.packs)
+    assert read(cache, "n0", "n1", "n2") == read(DiskCache(path), "n0", "n1", "n2") == {}
+    assert os.listdir(f"{path}/incoming") == files(path) == []
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_what_two_processes_have_merged_is_there_twice(cache, path, first):
     """Entries that are in two packs are found as long as one of them is there, whichever it is."""
