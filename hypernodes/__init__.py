@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hypernodes._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from hypernodes import backend, cache, errors, events
     from hypernodes._callbacks import CallbackContext, PipelineCallback
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         OutputMismatchError,
         PipelineRecursionError,
         RemoteExecutionError,
+        RemoteTimeoutError,
         SerializationError,
         TooManyFailuresError,
         TypeMismatchError,
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
         WorkerCrashedError,
     )
 
-__version__ = "0.5.0"
 
 __all__ = [
     "INHERIT",
@@ -67,6 +69,7 @@ __all__ = [
     "PipelineRecursionError",
     "Reason",
     "RemoteExecutionError",
+    "RemoteTimeoutError",
     "RetryPolicy",
     "SerializationError",
     "TooManyFailuresError",

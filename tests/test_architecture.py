@@ -16,7 +16,7 @@ PACKAGE = Path(hypernodes.__file__).parent
 # From the ground up. A module imports from rooms below its own; modules named in one line are one room, and
 # may import each other. A package in the list stands for all its modules.
 ROOMS = [
-    ["errors"],
+    ["_version", "errors"],
     ["_retry"],
     ["_node"],
     ["_mapping"],
