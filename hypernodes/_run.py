@@ -205,7 +205,7 @@ class Run:
         """Return the bound that every use of a key in this run shares."""
         bound = self._bounds.get(key)
         if bound is None:
-            bound = anyio.Semaphore(value, fast_acquire=True) if isinstance(value, int) else value
+            bound = anyio.Semaphore(value, max_value=value, fast_acquire=True) if isinstance(value, int) else value
             self._bounds[key] = bound
         return bound
 

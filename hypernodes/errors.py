@@ -26,6 +26,7 @@ __all__ = [
     "OutputMismatchError",
     "PipelineRecursionError",
     "RemoteExecutionError",
+    "RemoteTimeoutError",
     "SerializationError",
     "TooManyFailuresError",
     "TypeMismatchError",
@@ -84,6 +85,10 @@ class PipelineRecursionError(ExecutionError, RecursionError):
 
 class RemoteExecutionError(ExecutionError):
     """A place outside this process could not run its part, or sent an exception that cannot be rebuilt here."""
+
+
+class RemoteTimeoutError(RemoteExecutionError, TimeoutError):
+    """A place outside this process did not finish within the seconds that its backend allows."""
 
 
 class SerializationError(ExecutionError):
