@@ -186,7 +186,7 @@ def test_a_second_run_computes_nothing_and_says_how_long_the_first_took(cache_ho
     )
     took, again = (float(re.search(r"\nwhole run +250 +([\d.]+) ", each.stdout)[1]) for each in (first, second))
     assert 0 < float(said[1]) <= took, "what the first run printed, but for its end"
-    assert float(said[2]) == pytest.approx(float(said[1]) / again, rel=0.2)
+    assert float(said[2]) == pytest.approx(float(said[1]) / again, rel=0.3)
     assert metrics_in(first.stdout) == metrics_in(second.stdout) != {}
     assert first.stderr == second.stderr == ""
 
