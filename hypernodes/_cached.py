@@ -17,7 +17,7 @@ from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, BoundStep, Program
 from hypernodes._run import MapWork, Origin, Scope
 from hypernodes._threads import default_threads, in_thread
-from hypernodes._trace import BY_VALUE, Trace, cached_nodes
+from hypernodes._trace import BY_VALUE, Recipe, Trace, cached_nodes
 from hypernodes.errors import CacheError
 from hypernodes.events import NotLoaded
 
@@ -236,6 +236,14 @@ class CachedMapRun(MapRun):
         self._exhausted = False
         self._wanted = tuple(slot for _, slot in work.program.outputs)
         self._given = (*work.program.slots.values(),)
+        self._places = self._places_of_wanted(template.recipe)
+
+    def _places_of_wanted(self, recipe: Recipe) -> list[tuple[int, int]] | None:
+        """Return slots and positions where each wanted output is the one result of a step; None for other programs."""
+        producers, steps = recipe.producers, recipe.program.steps
+        places = [(slot, producers[slot]) for slot in self._wanted if slot in producers]
+        plain = [isinstance(step := steps[position], BoundCall) and step.target >= 0 for _, position in places]
+        return places if len(places) == len(self._wanted) and all(plain) else None
 
     async def _work(self, crew: Crew) -> None:
         self._crew = crew
@@ -334,17 +342,27 @@ class CachedMapRun(MapRun):
         if not complete:
             return
         wanted, session = self._wanted, self._start.recipe.tracer.session
-        keys: set[str] = set()
+        places = self._places
+        keys: list[Any] = []
         for trace in complete:
-            trace.recall_all()
-            keys |= trace.unloaded(wanted)
+            if places is not None:
+                keys += [trace.keys[position] for _, position in places]
+            else:
+                trace.recall_all()
+                keys += trace.unloaded(wanted)
         loaded, refused = await session.load(keys)
         if refused:
             _tell_refused(self._scope, refused, None)
-        for trace in complete:
-            trace.put_in_place(wanted, loaded)
-            if refused:
+            for trace in complete:
                 trace.forget(refused)
+            complete = [trace for trace in complete if trace.complete]
+        for trace in complete:
+            if places is not None:
+                own = trace.keys
+                for slot, position in places:
+                    trace[slot] = loaded.take(own[position], None)  # type: ignore[arg-type]
+            else:
+                trace.put_in_place(wanted, loaded)
 
     async def _load_inputs(self, missed: list[tuple[int, Trace]]) -> None:
         """Load what the items need that have to run."""

@@ -36,15 +36,19 @@ class WriteBuffer:
                 data = next((batch[key] for batch in reversed(self._writing) if key in batch), None)
         return data
 
+    def __bool__(self) -> bool:
+        return bool(self._pending or self._writing)
+
     def __contains__(self, key: str) -> bool:
         return self.get(key) is not None
 
     def take(self) -> dict[str, bytes]:
         """Return what is to be written now; to be given to :meth:`written` afterwards."""
         with self._lock:
-            batch, self._pending, self._bytes = self._pending, {}, 0
+            batch = self._pending
             if batch:
-                self._writing.append(batch)
+                self._writing.append(batch)  # first, since readers take no lock to see that there is nothing
+                self._pending, self._bytes = {}, 0
             return batch
 
     def written(self, batch: dict[str, bytes]) -> None:

@@ -149,7 +149,7 @@ class CacheSession:
     async def find(self, keys: Sequence[str]) -> set[str]:
         """Return which of these keys have an entry."""
         fresh, broken, buffer = self._fresh, self._broken, self._buffer
-        found = {key for key in keys if key in fresh or key in buffer}
+        found = {key for key in keys if key in fresh or key in buffer} if fresh or buffer else set()
         unknown = [key for key in keys if key not in found and key not in broken] if found or broken else list(keys)
         if not unknown:
             return found
@@ -168,15 +168,15 @@ class CacheSession:
     async def load(self, keys: Iterable[str]) -> tuple[Loaded, dict[str, str]]:
         """Return the values of entries, and for those that cannot be used why; these count as missing from now on."""
         sealed: dict[str, Any] = {}
-        missing = []
-        for key in dict.fromkeys(keys):
-            data = self._buffer.get(key)
-            if data is None:
-                data = self._held.pop(key, None)
-            if data is None:
-                missing.append(key)
-            else:
-                sealed[key] = data
+        missing = list(dict.fromkeys(keys))
+        if self._buffer or self._held:
+            for key in missing:
+                data = self._buffer.get(key)
+                if data is None:
+                    data = self._held.pop(key, None)
+                if data is not None:
+                    sealed[key] = data
+            missing = [key for key in missing if key not in sealed]
         if missing:
             sealed.update(await self._guard.get_many(missing))
         cost = self._loading
