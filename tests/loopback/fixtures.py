@@ -1,0 +1,74 @@
+"""Fixtures: a plane for each test, and Modal's client of this process pointed at it."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+# Modal's client reads the file of the account when it is imported, so this comes before it.
+if "modal" not in sys.modules:
+    os.environ["MODAL_CONFIG_PATH"] = os.devnull
+
+import modal
+
+from tests.loopback._mounts import Store
+from tests.loopback.plane import CREDENTIALS, Plane
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Files of mounts, which the planes of a session share, as the accounts of Modal do."""
+    return Store(tmp_path_factory.mktemp("mounts"))
+
+
+@pytest.fixture
+def plane(store: Store, tmp_path: Path) -> Iterator[Plane]:
+    """A plane of the test's own. It fails the test if anything in it went wrong; its report is with a failed test."""
+    directory = tmp_path / "plane"
+    directory.mkdir()
+    with Plane(directory, store) as plane:
+        yield plane
+        print(plane.report())  # noqa: T201 - pytest shows it with a test that failed
+    assert not plane.faults, plane.faults
+
+
+@pytest.fixture
+def client(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> Iterator[modal.Client]:
+    """The client of this process, for as long as the test: what Modal uses where no `client=` is given."""
+    for name in [name for name in os.environ if name.startswith("MODAL_")]:
+        monkeypatch.delenv(name)
+    for name, value in plane.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(modal.config, "_user_config", {})
+    monkeypatch.setattr(modal.runner, "HEARTBEAT_INTERVAL", 1.0)
+    modal._environments.ENVIRONMENT_CACHE.clear()
+    client = modal.Client.from_env()
+    assert client.server_url == plane.url, f"a client of another test is open: {client.server_url}"
+    yield client
+    client.close()
+    modal._environments.ENVIRONMENT_CACHE.clear()
+
+
+def job(name: str) -> Callable[..., Any]:
+    """A function of `loopback_jobs.py`, from a module of its own at the top, so that this one file is its mount."""
+    return getattr(load(HERE / "loopback_jobs.py"), name)
+
+
+def load(path: Path) -> ModuleType:
+    """Import a file as a module at the top, once."""
+    if path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    return sys.modules[path.stem]
+
+
+__all__ = ["CREDENTIALS", "client", "job", "load", "plane", "store"]
