@@ -1019,7 +1019,8 @@ def structured_dtypes() -> Any:
 @differ
 def numpy_types() -> Any:
     return [np.dtype("i4"), np.dtype("f4"), np.float32, np.float64, np.sin, np.cos,
-            np.datetime64(1, "s"), np.datetime64(1, "m"), np.datetime64("NaT", "s"), np.timedelta64(1, "s")]  # fmt: skip
+            np.datetime64(1, "s"), np.datetime64(1, "m"), np.datetime64("NaT", "s"),
+            np.timedelta64(1, "s")]  # fmt: skip
 
 
 @differ

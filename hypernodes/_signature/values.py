@@ -51,10 +51,10 @@ def _walk(root: Any, name: str, classes: set[type] | None) -> bytes:
     Code is hashed elsewhere, and comes back here with the values that it captured, such as the object that is being
     written, where one of its attributes is its own method.
     """
-    around = _around.get(None) or _Around({}, 0)
-    base = around.level
+    around = _around.get()
+    base = around.level if around else 0
     stack: list[Composite] = []
-    active = around.active.copy()  # the level of each object that is being written
+    active = around.active.copy() if around else {}  # the level of each object that is being written
     looping: dict[int, tuple[int, int, Any]] = {}  # its number, the highest level it refers to, and the object
     finished: dict[int, tuple[bytes, Any]] = {}  # with the object: an address names it only while it lives
 
@@ -80,7 +80,7 @@ def _walk(root: Any, name: str, classes: set[type] | None) -> bytes:
         return written
 
     try:
-        if id(root) in active:
+        if around and id(root) in active:
             around.low = min(around.low, active[id(root)])
             return head(b"^", base - active[id(root)])
         written = opened(root)
@@ -127,7 +127,8 @@ def _walk(root: Any, name: str, classes: set[type] | None) -> bytes:
                     if encoding[0] == _DIGEST and sys.getrefcount(frame.value) > _ALONE:
                         finished[key] = encoding, frame.value
                 if not stack:
-                    around.low = min(around.low, frame.low)
+                    if around:
+                        around.low = min(around.low, frame.low)
                     return encoding
                 low = frame.low
                 frame = stack.pop()
@@ -154,7 +155,7 @@ class _Around:
         self.level = self.low = level
 
 
-_around: ContextVar[_Around] = ContextVar("around")
+_around: ContextVar[_Around | None] = ContextVar("around", default=None)
 
 
 def _forget(looping: dict[int, tuple[int, int, Any]], keep: int) -> None:
