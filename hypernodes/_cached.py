@@ -90,8 +90,11 @@ async def run_traced(
         await load(scope, trace, [slot for _, slot in program.outputs], index, run_step)
 
 
-async def look_up(traces: Iterable[Trace]) -> None:
-    """Work out the keys of traces, as far as they follow from what is known, and find out which have an entry."""
+async def look_up(traces: Iterable[Trace], *, wanted: bool = False) -> None:
+    """Work out the keys of traces, as far as they follow from what is known, and find out which have an entry.
+
+    With ``wanted`` the entries are fetched on the same occasion, for :meth:`CacheSession.load`.
+    """
     traces = list(traces)
     session = traces[0].recipe.tracer.session
     cost = session.hashing
@@ -104,7 +107,7 @@ async def look_up(traces: Iterable[Trace]) -> None:
     else:
         asked, seconds = await in_thread(lambda: _predicted(traces), default_threads())
         cost.measured(seconds / len(traces))
-    there = await session.find(asked) if asked else set()
+    there = await session.find(asked, fetch=wanted) if asked else set()
     for trace in traces:
         trace.found(there)
 
@@ -237,6 +240,8 @@ class CachedMapRun(MapRun):
         self._wanted = tuple(slot for _, slot in work.program.outputs)
         self._given = (*work.program.slots.values(),)
         self._places = self._places_of_wanted(template.recipe)
+        everything = self._places is not None and len(self._places) == len(work.program.steps)
+        self._all_wanted = everything and not self._sink.lazy
 
     def _places_of_wanted(self, recipe: Recipe) -> list[tuple[int, int]] | None:
         """Return slots and positions where each wanted output is the one result of a step; None for other programs."""
@@ -281,7 +286,7 @@ class CachedMapRun(MapRun):
             if not rows:
                 return False
             traces = self._traces(rows)
-            await look_up(traces)
+            await look_up(traces, wanted=self._all_wanted)
             taken = [(index, trace) for (index, _), trace in zip(rows, traces, strict=True)]
             if not self._sink.lazy:
                 await self._load_complete(traces)

@@ -146,14 +146,14 @@ class CacheSession:
                 self._classes[each] = hash_code(each)
         return sha256(b"".join([digest, *sorted(self._classes[each] for each in classes)])).digest()
 
-    async def find(self, keys: Sequence[str]) -> set[str]:
-        """Return which of these keys have an entry."""
+    async def find(self, keys: Sequence[str], *, fetch: bool = False) -> set[str]:
+        """Return which of these keys have an entry; with ``fetch`` they are read, for :meth:`load` to come."""
         fresh, broken, buffer = self._fresh, self._broken, self._buffer
         found = {key for key in keys if key in fresh or key in buffer} if fresh or buffer else set()
         unknown = [key for key in keys if key not in found and key not in broken] if found or broken else list(keys)
         if not unknown:
             return found
-        if self._guard.can_find:
+        if self._guard.can_find and not fetch:
             found.update(await self._guard.find_many(unknown))
         else:
             got = await self._guard.get_many(unknown)
@@ -169,9 +169,9 @@ class CacheSession:
         """Return the values of entries, and for those that cannot be used why; these count as missing from now on."""
         sealed: dict[str, Any] = {}
         missing = list(dict.fromkeys(keys))
-        if self._buffer or self._held:
+        if (waiting := bool(self._buffer)) or self._held:
             for key in missing:
-                data = self._buffer.get(key)
+                data = self._buffer.get(key) if waiting else None
                 if data is None:
                     data = self._held.pop(key, None)
                 if data is not None:
