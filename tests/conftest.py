@@ -127,7 +127,8 @@ def _processes() -> set[str]:
     held = set()
     for child in psutil.Process().children(recursive=True):
         try:
-            held.add(f"process {child.pid} ({child.status()}: {child.name()})")
+            ended = ", ended" if child.status() == psutil.STATUS_ZOMBIE else ""
+            held.add(f"process {child.pid} ({child.name()}{ended})")
         except psutil.NoSuchProcess:
             continue  # it ended while we looked
     return held

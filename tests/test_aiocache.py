@@ -15,9 +15,12 @@ import aiocache
 import anyio
 import anyio.to_thread
 import pytest
+import redis
 from aiocache import MemcachedCache, RedisCache, SimpleMemoryCache
 from aiocache.plugins import BasePlugin
 from aiocache.serializers import JsonSerializer, PickleSerializer, StringSerializer
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff
 
 from hypernodes import CacheError, DefinitionError, DiskCache, Pipeline, node
 from hypernodes.cache import AiocacheStore, _guard
@@ -385,6 +388,36 @@ async def test_a_server_that_is_frozen_and_thaws(own_server, log, kind):
         while await guard.get_many(list(entries)) != entries:
             await anyio.sleep(0.01)
     assert [level for level, _ in log()] == ["WARNING", "INFO"]
+    await store.aclose()
+
+
+@on_asyncio
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["redis", "memcached"])
+async def test_a_restart_between_two_calls_is_not_noticed(own_server, log, kind):
+    """A connection that the server has closed meanwhile is made anew, without a miss or a warning."""
+    server = own_server(kind)
+    store = AiocacheStore(connected(kind, server.port), unsigned=True)
+    guard = guard_of(store)
+    for turn in range(3):
+        assert await guard.set_many({key(turn): b"1"})
+        assert await guard.get_many([key(turn)]) == {key(turn): b"1"}
+        await anyio.to_thread.run_sync(server.stop)
+        await anyio.to_thread.run_sync(server.start)
+    assert log() == []
+    await store.aclose()
+
+
+@on_asyncio
+@pytest.mark.anyio
+async def test_redis_is_not_tried_for_long(own_server):
+    """The user's own policy of trying again, with its pauses, is not for what a run can go on without."""
+    slow = Retry(ConstantBackoff(PATIENCE_S), 3)
+    server = own_server("redis")
+    store = AiocacheStore(connected("redis", server.port, connection_pool_kwargs={"retry": slow}), unsigned=True)
+    server.stop()
+    with anyio.fail_after(2), pytest.raises(redis.ConnectionError):
+        await store.get_many([key(1)])
     await store.aclose()
 
 

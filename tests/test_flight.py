@@ -68,7 +68,7 @@ def in_threads(*calls, backend):
         except BaseException as error:  # noqa: BLE001 - returned
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=[call]) for call in calls]
+    threads = [threading.Thread(target=run, args=[call], daemon=True) for call in calls]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -513,7 +513,9 @@ async def test_loops_in_other_threads_wait_too(anyio_backend):
     def run_all():
         mixed = [(main, anyio_backend), (main, ("trio", {}))] * 4
         threads = [
-            threading.Thread(target=anyio.run, args=[call], kwargs={"backend": name, "backend_options": options})
+            threading.Thread(
+                target=anyio.run, args=[call], kwargs={"backend": name, "backend_options": options}, daemon=True
+            )
             for call, (name, options) in mixed
         ]
         for thread in threads:
@@ -524,6 +526,24 @@ async def test_loops_in_other_threads_wait_too(anyio_backend):
     await anyio.to_thread.run_sync(run_all)
     assert len(calls) == 1
     assert sorted(outcomes) == [("made", False)] * 7 + [("made", True)]
+
+
+async def test_a_flight_that_ends_in_the_moment_when_one_begins_to_wait(monkeypatch):
+    """Another thread's leader may land after a caller has found it and before that is entered as waiting."""
+    flights, work = Flights(), Work()
+
+    class Late(_flight._Waiter):
+        def __init__(self, flight):
+            super().__init__(flight)
+            flight.land("landed", work.result)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(flights.once, "key", work)
+        await work.started.wait()
+        monkeypatch.setattr(_flight, "_Waiter", Late)
+        with anyio.fail_after(PATIENCE_S):
+            assert await flights.once("key", at_once) == (work.result, False)
+        work.go_on.set()
 
 
 async def test_a_loop_that_is_gone_disturbs_nobody(anyio_backend):

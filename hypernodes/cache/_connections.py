@@ -68,11 +68,13 @@ def _redis_client(cache: Any) -> Any:
     from redis.asyncio import Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
+    from redis.exceptions import ConnectionError as RedisConnectionError
 
     pool = cache.client.connection_pool
     # One connection, which is made anew when the server has closed it. Not tried again after a pause: if the server
     # is down, the run goes on without it.
-    options = {**pool.connection_kwargs, "retry": Retry(NoBackoff(), 1)}
+    at_once = {"retry": Retry(NoBackoff(), 1), "retry_on_error": [RedisConnectionError]}
+    options = {**pool.connection_kwargs, **at_once}
     return Redis(connection_pool=type(pool)(connection_class=pool.connection_class, max_connections=1, **options))
 
 

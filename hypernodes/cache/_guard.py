@@ -130,7 +130,7 @@ class Guard:
         allowed_s = self._deadline_s + keys / KEYS_PER_S + written / BYTES_PER_S
         try:
             with contextlib.nullcontext() if allowed_s == math.inf else anyio.fail_after(allowed_s):
-                result = await await_in_copy(call)
+                result: T = await await_in_copy(call)
         except Exception as error:  # noqa: BLE001 - the store may be the user's own
             health.count_lost(way, keys)
             health.failed(way, attempt, error, self.store)
