@@ -118,9 +118,14 @@ def _function(compiled: _Compiled, code: CodeType) -> FunctionSyntax | None:
     """Return the tree that a code object of the same text was compiled from."""
     found = compiled.functions.get((code.co_firstlineno, code.co_name), [])
     if len(found) > 1:  # lambdas in one line
-        found = [each for each in found if _is_within(code, each)]
-        found.sort(key=_extent)
-    return found[0] if found else None
+        inside = sum(each.co_name == "<lambda>" for each in nested(code) if each is not code)
+        found = [each for each in found if _is_within(code, each) and _lambdas_in(each) == inside]
+    # Where it could be several (Python 3.12.1 leaves columns out), its bytecode has to do.
+    return found[0] if len(found) == 1 else None
+
+
+def _lambdas_in(function: FunctionSyntax) -> int:
+    return sum(isinstance(each, ast.Lambda) for each in ast.walk(function)) - 1
 
 
 def _is_within(code: CodeType, function: FunctionSyntax) -> bool:
@@ -133,8 +138,3 @@ def _places(code: CodeType) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]
     for line, end_line, column, end_column in code.co_positions():
         if line and end_line and column is not None and end_column:
             yield (line, column), (end_line, end_column)
-
-
-def _extent(function: FunctionSyntax) -> tuple[int, int]:
-    lines = (function.end_lineno or 0) - function.lineno
-    return lines, (function.end_col_offset or 0) - function.col_offset
