@@ -26,13 +26,17 @@ SCRIPTS = (
     "map_items",
     "io_map",
     "stream",
+    "cache",
     "import_time",
     "build",
     "processes",
     "loop_latency",
+    "hashing",
     "callbacks",
     "growth",
 )
+OTHERS = ("peers", "caches")
+"""Comparisons, with tables of their own."""
 PEERS = {"with_pipefunc": "pipefunc", "with_hamilton": "apache-hamilton", "with_dask": "dask"}
 """Module under `benchmarks.peers` -> the distribution it needs."""
 
@@ -75,6 +79,21 @@ def run_peers(quick: Sequence[str], earlier_python: str | None) -> tuple[list[An
     return reports, left_out
 
 
+def run_caches(quick: Sequence[str], earlier_python: str | None) -> Any:
+    """What the comparison of caches printed."""
+    print("caches", file=sys.stderr)
+    earlier = earlier_command(earlier_python)
+    command = [sys.executable, "-m", "benchmarks.caches.compare", *quick]
+    if earlier is None:
+        return output_of(command)
+    try:
+        return output_of([*command, "--earlier", *earlier])
+    except ScriptError as failure:
+        report = output_of(command)
+        report["notes"].append(f"hypernodes {EARLIER} is left out: {failure}")
+        return report
+
+
 def earlier_command(python: str | None) -> list[str] | None:
     """What starts an interpreter that has the earlier release, which has this package's name."""
     if python:
@@ -92,7 +111,7 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run the benchmarks, print tables")
     parser.add_argument(
-        "name", nargs="*", choices=[*SCRIPTS, "peers", []], help=f"only these: {', '.join(SCRIPTS)}, peers"
+        "name", nargs="*", choices=[*SCRIPTS, *OTHERS, []], help=f"only these: {', '.join([*SCRIPTS, *OTHERS])}"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
     parser.add_argument("--write", action="store_true", help="also write the tables into benchmarks/README.md")
@@ -110,9 +129,9 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     """Exit code 1 when a script failed; targets that were missed are in the table."""
     arguments = parsed()
-    names = arguments.name or [*SCRIPTS, "peers"]
+    names = arguments.name or [*SCRIPTS, *OTHERS]
     quick = ["--quick"] if arguments.quick else []
-    reports, peers, left_out = [], [], []
+    reports, peers, left_out, caches = [], [], [], None
     try:
         for name in SCRIPTS:
             if name in names:
@@ -120,10 +139,12 @@ def main() -> int:
                 reports.append(output_of([sys.executable, "-m", f"benchmarks.{name}", *quick]))
         if "peers" in names:
             peers, left_out = run_peers(quick, arguments.earlier_python)
+        if "caches" in names:
+            caches = run_caches(quick, arguments.earlier_python)
     except ScriptError as failure:
         print(failure, file=sys.stderr)
         return 1
-    text = document(reports, peers, left_out)
+    text = document(reports, peers, left_out, caches)
     print(text, end="")
     if arguments.write:
         README.write_text(between_markers(README.read_text(encoding="utf-8"), text), encoding="utf-8")

@@ -9,11 +9,13 @@ END = "<!-- benchmarks: end -->"
 Json = Mapping[str, Any]
 
 
-def document(reports: Sequence[Json], peers: Sequence[Json], left_out: Sequence[str]) -> str:
-    """All of it: the targets, cost by size, and the peers, as far as they were run."""
+def document(
+    reports: Sequence[Json], peers: Sequence[Json], left_out: Sequence[str], caches: Json | None = None
+) -> str:
+    """All of it: the targets, cost by size, the peers and the caches, as far as they were run."""
     rows = [report for report in reports if report["row"] != "growth"]
     growth = [report for report in reports if report["row"] == "growth"]
-    parts = [environment_line([*reports, *peers])]
+    parts = [environment_line([*reports, *peers, *([caches] if caches else [])])]
     if rows:
         parts += ["### Targets", target_table(rows), *notes_of(rows)]
     for report in growth:
@@ -24,6 +26,8 @@ def document(reports: Sequence[Json], peers: Sequence[Json], left_out: Sequence[
             *([peer_table(peers)] if peers else []),
             *peer_notes(peers, left_out),
         ]
+    if caches:
+        parts += ["### Beside other caches", cache_table(caches), *cache_notes(caches)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -117,6 +121,54 @@ def notes_of(reports: Iterable[Json]) -> list[str]:
 def peer_notes(peers: Iterable[Json], left_out: Iterable[str]) -> list[str]:
     """How each framework does the work, and which ones were left out."""
     return _list([*(f"{peer['peer']}: {note}" for peer in peers for note in peer["notes"]), *left_out])
+
+
+def cache_table(report: Json) -> str:
+    """What went wrong and what it takes, a line each; a column for each cache."""
+    caches, cases = report["caches"], report["cases"]
+    lines = [
+        (
+            f"stale results after {len(cases['edits'])} edits of code",
+            *(_went_wrong(c, "stale", cases["edits"]) for c in caches),
+        ),
+        (
+            f"stale results for {len(cases['values'])} other values",
+            *(_went_wrong(c, "stale", cases["values"]) for c in caches),
+        ),
+        (
+            f"computed again, of {len(cases['same'])} that are the same",
+            *(_went_wrong(c, "again", cases["same"]) for c in caches),
+        ),
+        ("a hit, µs a node", *(number(cache["hit"]["median"]) for cache in caches)),
+        ("a first run adds, µs a node", *(number(cache["first"]["median"]) for cache in caches)),
+        (f"files after {caches[0]['many']:,} items", *(f"{cache['files']:,}{_counted(cache)}" for cache in caches)),
+    ]
+    return _table(("", *(_titled(cache) for cache in caches)), lines)
+
+
+def _titled(cache: Json) -> str:
+    return cache["cache"] if cache["cache"].endswith(cache["version"]) else f"{cache['cache']} {cache['version']}"
+
+
+def _went_wrong(cache: Json, how: str, cases: Sequence[str]) -> str:
+    return "–" if cache["wrong"] is None else str(len([name for name in cache["wrong"][how] if name in cases]))
+
+
+def _counted(cache: Json) -> str:
+    return "" if cache["counted"] == cache["many"] else f" (scaled from {cache['counted']:,})"
+
+
+def cache_notes(report: Json) -> list[str]:
+    """Which cases went wrong, and what was left out."""
+    told = {"stale": "stale", "again": "computed again", "refused": "an error"}
+    lines = [
+        f"{cache['cache']}, {text}: {'; '.join(cache['wrong'][how])}"
+        for cache in report["caches"]
+        if cache["wrong"]
+        for how, text in told.items()
+        if cache["wrong"][how]
+    ]
+    return _list([*lines, *report["notes"]])
 
 
 def _list(lines: Iterable[str]) -> list[str]:

@@ -17,10 +17,12 @@ SCRIPTS = (
     "map_items",
     "io_map",
     "stream",
+    "cache",
     "import_time",
     "build",
     "processes",
     "loop_latency",
+    "hashing",
     "callbacks",
     "growth",
 )
@@ -86,6 +88,49 @@ def test_a_framework_does_the_same_work_as_by_hand(module: str) -> None:
     assert {"chain", "fan_out", "io_map", "cpu_map"} <= {result["workload"] for result in report["results"]}
     for result in report["results"]:
         check_result(result)
+
+
+def test_caches_are_compared_on_the_same_work_and_ours_gives_no_stale_result() -> None:
+    report = json.loads(run("benchmarks.caches.compare", "--quick"))
+    check_environment(report["environment"])
+    caches = {cache["cache"]: cache for cache in report["caches"]}
+    assert {"hypernodes", "SQLite by hand"} <= caches.keys()
+    for cache in caches.values():
+        check_figure(cache["hit"])
+        check_figure(cache["first"])
+        assert cache["files"] >= 1
+    assert caches["hypernodes"]["wrong"] == {"stale": [], "again": [], "refused": []}
+    assert caches["hypernodes"]["files"] < 10, "small results share files"
+    assert all(len(cases) > 3 for cases in report["cases"].values())
+
+
+def test_a_cache_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, with the function's name for its code: every edit goes unnoticed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks._caching import EDITS, Cache, told_apart
+
+    assert told_apart(Cache("by_sqlite"))["stale"] == [case.name for case in EDITS]
+
+
+def test_the_table_of_caches_says_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks._report import cache_notes, cache_table
+
+    good = {"cache": "A", "version": "1", "hit": {"median": 5.0}, "first": {"median": 7.0}, "files": 3, "counted": 100}
+    good |= {"many": 100, "wrong": {"stale": [], "again": [], "refused": []}}
+    bad = good | {"cache": "B 2", "version": "2", "files": 200, "counted": 10}
+    bad |= {"wrong": {"stale": ["body", "1, then True"], "again": [], "refused": ["default"]}}
+    cases = {"edits": ["body", "default"], "values": ["1, then True"], "same": ["comment"]}
+    report = {"cases": cases, "caches": [good, bad], "notes": ["C is left out"]}
+    rows = [line.strip("| ").split(" | ") for line in cache_table(report).splitlines()]
+    assert rows[0] == ["A 1", "B 2"]
+    assert rows[2:5] == [
+        ["stale results after 2 edits of code", "0", "1"],
+        ["stale results for 1 other values", "0", "1"],
+        ["computed again, of 1 that are the same", "0", "0"],
+    ]
+    assert rows[-1] == ["files after 100 items", "3", "200 (scaled from 10)"]
+    assert cache_notes(report) == ["- B 2, stale: body; 1, then True\n- B 2, an error: default\n- C is left out"]
 
 
 def test_the_command_prints_a_table_of_the_benchmarks_that_are_named() -> None:
