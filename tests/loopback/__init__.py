@@ -16,7 +16,7 @@ async def test_one_call(plane, client):
 ```
 """
 
-from tests.loopback.fixtures import client, job, plane, store
+from tests.loopback.fixtures import client, job, load, plane
 from tests.loopback.plane import Plane
 
-__all__ = ["Plane", "client", "job", "plane", "store"]
+__all__ = ["Plane", "client", "job", "load", "plane"]

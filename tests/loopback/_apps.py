@@ -1,7 +1,7 @@
 """Apps: ephemeral, detached and deployed ones, their heartbeats, their end, and the logs of their containers.
 
-What is modelled: an ephemeral app ends when its client disconnects, or when no heartbeat came for `heartbeat_timeout_s`;
-a detached or deployed one goes on until it is stopped.
+What is modelled: an ephemeral app ends when its client disconnects, or when no heartbeat came for
+`heartbeat_timeout_s`; a detached or deployed one goes on until it is stopped.
 """
 
 import asyncio

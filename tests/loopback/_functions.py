@@ -33,7 +33,7 @@ class Functions:
         function = self._state.functions.get(request.existing_function_id)
         if function is None:
             app = self._state.app(request.app_id)
-            function = Function(self._state.new_id("fu"), request.function_name, app, definition)
+            function = Function(self._state.new_id("fu"), request.function_name, app, [definition])
             self._state.functions[function.id] = function
         return api_pb2.FunctionPrecreateResponse(function_id=function.id, handle_metadata=function.metadata)
 
@@ -45,27 +45,21 @@ class Functions:
         if request.function.is_class or request.function_data.is_class:
             raise GRPCError(Status.UNIMPLEMENTED, "modal.Cls is not implemented by the loopback (tests/loopback)")
         self._containers.retire(function)
-        function.definition = ranked[0]
-        gpus = [one.resources.gpu_config for one in ranked]
-        function.gpus = [f"{gpu.gpu_type}:{gpu.count}" if gpu.count > 1 else gpu.gpu_type for gpu in gpus]
-        function.gpus = [gpu for gpu in function.gpus if gpu]
+        function.ranked = ranked
         function.app.functions[function.name] = function
         return api_pb2.FunctionCreateResponse(
             function_id=function.id,
             function=ranked[0],
-            function_data=api_pb2.FunctionData(
-                function_name=function.name,
-                ranked_functions=[
-                    api_pb2.FunctionData.RankedFunction(rank=rank, function=one) for rank, one in enumerate(ranked)
-                ],
-            ),
+            function_data=function.data,
             handle_metadata=function.metadata,
         )
 
     async def FunctionGet(self, request: api_pb2.FunctionGetRequest, caller: Caller) -> api_pb2.FunctionGetResponse:
         app = found("App", request.app_name, self._state.deployed.get(request.app_name))
         function = found("Function", request.object_tag, app.functions.get(request.object_tag))
-        return api_pb2.FunctionGetResponse(function_id=function.id, handle_metadata=function.metadata)
+        return api_pb2.FunctionGetResponse(
+            function_id=function.id, handle_metadata=function.metadata, function=function.data
+        )
 
     async def FunctionMap(self, request: api_pb2.FunctionMapRequest, caller: Caller) -> api_pb2.FunctionMapResponse:
         function = self._state.function(request.function_id)

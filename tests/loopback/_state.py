@@ -64,9 +64,18 @@ class Function:
     id: str
     name: str
     app: App
-    definition: api_pb2.Function
-    gpus: list[str] = field(default_factory=list)
+    ranked: list[api_pb2.Function]
+    """Its definition: several, in the order of preference, where several kinds of GPU will do."""
     pending: "deque[Input]" = field(default_factory=deque)
+
+    @property
+    def definition(self) -> api_pb2.Function:
+        return self.ranked[0]
+
+    @property
+    def data(self) -> api_pb2.FunctionData:
+        ranked = [api_pb2.FunctionData.RankedFunction(rank=rank, function=one) for rank, one in enumerate(self.ranked)]
+        return api_pb2.FunctionData(function_name=self.name, ranked_functions=ranked)
 
     @property
     def metadata(self) -> api_pb2.FunctionHandleMetadata:
@@ -90,8 +99,9 @@ class Function:
     def options(self) -> dict[str, Any]:
         """What the user asked for, in the user's terms; what was not asked for is left out. Memory in MiB."""
         wanted, resources, scaler = self.definition, self.definition.resources, self.definition.autoscaler_settings
+        gpus = [_gpu(one.resources.gpu_config) for one in self.ranked]
         options = {
-            "gpu": self.gpus[0] if len(self.gpus) == 1 else self.gpus,
+            "gpu": gpus if len(gpus) > 1 else gpus[0],
             "cpu": _pair(resources.milli_cpu / 1000, resources.milli_cpu_max / 1000),
             "memory": _pair(resources.memory_mb, resources.memory_mb_max),
             "ephemeral_disk": resources.ephemeral_disk_mb,
@@ -111,6 +121,10 @@ class Function:
             "serialized": wanted.definition_type == api_pb2.Function.DEFINITION_TYPE_SERIALIZED,
         }
         return {name: value for name, value in options.items() if value}
+
+
+def _gpu(config: api_pb2.GPUConfig) -> str:
+    return f"{config.gpu_type}:{config.count}" if config.count > 1 else config.gpu_type
 
 
 def _pair(request: float, limit: float) -> Any:

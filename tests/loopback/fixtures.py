@@ -15,6 +15,7 @@ if "modal" not in sys.modules:
     os.environ["MODAL_CONFIG_PATH"] = os.devnull
 
 import modal
+import modal.runner
 
 from tests.loopback._mounts import Store
 from tests.loopback.plane import CREDENTIALS, Plane
@@ -22,18 +23,15 @@ from tests.loopback.plane import CREDENTIALS, Plane
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Files of mounts, which the planes of a session share, as the accounts of Modal do."""
-    return Store(tmp_path_factory.mktemp("mounts"))
-
-
 @pytest.fixture
-def plane(store: Store, tmp_path: Path) -> Iterator[Plane]:
-    """A plane of the test's own. It fails the test if anything in it went wrong; its report is with a failed test."""
+def plane(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
+    """A plane of the test's own, which finds the files of mounts that others in the session were sent.
+
+    It fails the test if anything in it went wrong; its report is with a failed test.
+    """
     directory = tmp_path / "plane"
     directory.mkdir()
-    with Plane(directory, store) as plane:
+    with Plane(directory, Store(tmp_path_factory.getbasetemp() / "mounts")) as plane:
         yield plane
         print(plane.report())  # noqa: T201 - pytest shows it with a test that failed
     assert not plane.faults, plane.faults
@@ -50,7 +48,8 @@ def client(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> Iterator[modal.Clie
     monkeypatch.setattr(modal.runner, "HEARTBEAT_INTERVAL", 1.0)
     modal._environments.ENVIRONMENT_CACHE.clear()
     client = modal.Client.from_env()
-    assert client.server_url == plane.url, f"a client of another test is open: {client.server_url}"
+    client.hello()
+    assert plane.calls.pop("ClientHello", 0) == 1, "Modal's client of another test is still open"
     yield client
     client.close()
     modal._environments.ENVIRONMENT_CACHE.clear()
@@ -71,4 +70,4 @@ def load(path: Path) -> ModuleType:
     return sys.modules[path.stem]
 
 
-__all__ = ["CREDENTIALS", "client", "job", "load", "plane", "store"]
+__all__ = ["CREDENTIALS", "client", "job", "load", "plane"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def echo(data):
-    print("echo of", len(data), "bytes")
+    print("echo of", len(data), "bytes")  # noqa: T201 - for the app's log
     return data
 
 
@@ -37,29 +37,42 @@ def sleeps(seconds):
 
 async def waits(path):
     """Waits for ever; says in a file when it starts, when it is cancelled, and how it ends."""
-    Path(path, "started").touch()
+    mark(path, "started")
     try:
         await asyncio.sleep(3600)
     except asyncio.CancelledError:
-        Path(path, "cancelled").touch()
+        mark(path, "cancelled")
         raise
     finally:
-        Path(path, "ended").touch()
+        mark(path, "ended")
+
+
+def mark(path, name):
+    Path(path, name).touch()
 
 
 def holds_on(path):
     """Runs for ever, will not be interrupted, and has a child that would outlive it."""
     subprocess.Popen(["sleep", "3600"])
-    Path(path, "started").touch()
+    mark(path, "started")
     while True:
         try:
             time.sleep(3600)
-        except BaseException:
-            Path(path, "refused").touch()
+        except BaseException:  # noqa: BLE001 - an interrupt too
+            mark(path, "refused")
 
 
-def dies(code):
-    os._exit(code)
+def dies_on(code):
+    if code is not None:
+        os._exit(code)
+    return "alive"
+
+
+def meets(queue, mine, other):
+    """Ends when another call is there too."""
+    queue.put(os.getpid(), partition=mine)
+    queue.get(partition=other, timeout=20)
+    return os.getpid()
 
 
 def imports(name):
@@ -90,6 +103,7 @@ def writes(path, text):
 
 
 def commits(volume, path, text):
+    Path(path).parent.mkdir(exist_ok=True)
     Path(path).write_text(text)
     volume.commit()
 

@@ -13,10 +13,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,6 +66,7 @@ class Plane:
         self._closing: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
         self._server: CountingServer | None = None
+        self._scripts: list[subprocess.Popen[str]] = []
         self.port = 0
 
     # Its life
@@ -79,6 +81,9 @@ class Plane:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for process in self._scripts:
+            process.kill()
+            process.communicate()
         self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join(PATIENCE_S)
         if self._thread.is_alive():
@@ -138,23 +143,26 @@ class Plane:
             "MODAL_BUILD_VALIDATION": "ignore",  # sources that are edited while tests run
         }
 
-    @contextlib.contextmanager
-    def client(self, token_id: str = CREDENTIALS[0], token_secret: str = CREDENTIALS[1]) -> Iterator[modal.Client]:
+    @contextlib.asynccontextmanager
+    async def client(
+        self, token_id: str = CREDENTIALS[0], token_secret: str = CREDENTIALS[1]
+    ) -> AsyncIterator[modal.Client]:
         """A client in this process besides the one of the fixture: for `client=` of apps, queues and the like."""
         client = modal.Client(self.url, 1, (token_id, token_secret))  # 1: a user's client
-        with client:
+        async with client:
             yield client
 
     def start_script(self, script: str | Path, *args: str, **env: str) -> subprocess.Popen[str]:
         """Start a Python script, or its source, in a process of its own, as a user of Modal would.
 
-        The repository can be imported there. The source of a script is written to a file of its own, since Modal
-        mounts the file that a function comes from.
+        The repository can be imported there. The source of a script is written to `script.py`, since Modal mounts the
+        file that a function comes from; containers import that file, so what only the script does comes after
+        `if __name__ == "__main__":`. What is still running when the plane closes is killed.
         """
         path = Path(script) if isinstance(script, Path) else self._written(script)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MODAL_")}
         checkout = str(Path(__file__).parents[2])
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(path), *args],
             env={**inherited, "PYTHONPATH": checkout, **self.env, **env},
             stdin=subprocess.DEVNULL,
@@ -162,21 +170,20 @@ class Plane:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._scripts.append(process)
+        return process
 
     def _written(self, source: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="script-", dir=self.directory))
         path = folder / "script.py"
-        path.write_text(source)
+        path.write_text(textwrap.dedent(source))
         return path
 
     def run_script(self, script: str | Path, *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
         """Run a script to its end and return what it wrote; the caller looks at `returncode`."""
-        with self.start_script(script, *args, **env) as process:
-            try:
-                out, err = process.communicate(timeout=PATIENCE_S * 2)
-            except BaseException:
-                process.kill()
-                raise
+        process = self.start_script(script, *args, **env)
+        out, err = process.communicate(timeout=PATIENCE_S * 2)
+        self._scripts.remove(process)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     # What it saw

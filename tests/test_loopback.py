@@ -1,0 +1,486 @@
+"""Modal's own client and container on the loopback: what the tests of ModalBackend stand on.
+
+Real: the client, its wire protocol, uploads, pickling, blobs, the container's entry point and process, cancelling an
+input inside it, the exceptions that a caller gets. A model, which these tests only show to be there: when containers
+start and end, timeouts, what becomes of an input whose container dies, working copies of volumes, and every text that
+Modal's servers would write.
+"""
+
+import asyncio
+import os
+import queue
+import signal
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import modal
+import psutil
+import pytest
+from grpclib import Status
+
+from tests import loopback
+
+plane, client, job = loopback.plane, loopback.client, loopback.job
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """No process, listening socket or link to a volume outlives a plane."""
+    yield
+    assert psutil.Process().children(recursive=True) == []
+    listening = [one for one in psutil.Process().net_connections(kind="inet") if one.status == psutil.CONN_LISTEN]
+    assert listening == []
+    assert [path for path in Path(tempfile.gettempdir()).glob("loopback-*") if path.is_symlink()] == []
+
+
+@pytest.fixture
+def mount_path():
+    """Where containers see a volume: a path that does not exist."""
+    return f"{tempfile.gettempdir()}/loopback-{os.getpid()}-{time.monotonic_ns()}"
+
+
+def one_app(name, **options):
+    """A fresh app with one function of `loopback_jobs.py`."""
+    app = modal.App("one")
+    return app, app.function(**{"image": modal.Image.debian_slim(), **options})(job(name))
+
+
+class TestCalls:
+    async def test_one_call(self, plane, client):
+        """Bytes go to a module's function in a container and back, in one FunctionMap and one FunctionGetOutputs."""
+        app, echo = one_app("echo")
+        async with app.run.aio():
+            assert await echo.remote.aio(b"abc") == b"abc"
+            assert (plane.calls["FunctionMap"], plane.calls["FunctionGetOutputs"]) == (1, 1)
+            assert (plane.open_inputs, len(plane.containers), plane.connections) == (0, 1, 1)
+        assert plane.apps[0].disconnect_reason == "ENTRYPOINT_COMPLETED"
+
+    async def test_warm_container(self, plane, client):
+        """The next call goes to the same process; an async function runs there too."""
+        app, where = one_app("where")
+        async with app.run.aio():
+            first, second = await where.remote.aio(0), await where.remote.aio(0)
+        assert first[:2] == second[:2]
+        assert first[0] != os.getpid()
+        assert plane.containers_started == 1
+        app, async_echo = one_app("async_echo")
+        async with app.run.aio():
+            assert await async_echo.remote.aio(b"abc") == b"abc"
+
+    async def test_many_containers(self, plane, client):
+        """Inputs that wait get containers of their own, up to `max_containers`."""
+        app, meets = one_app("meets", max_containers=2)
+        async with app.run.aio(), modal.Queue.ephemeral() as meeting:
+            pids = await asyncio.gather(meets.remote.aio(meeting, "a", "b"), meets.remote.aio(meeting, "b", "a"))
+        assert len(set(pids)) == 2
+        assert plane.most_containers == 2
+
+    async def test_map(self, plane, client):
+        """`.map` is one call of many inputs, in batches, and yields in order."""
+        app, echo = one_app("echo", max_containers=1)
+        data = [b"%d" % number for number in range(120)]
+        async with app.run.aio():
+            assert [one async for one in echo.map.aio(data)] == data
+        assert plane.calls["FunctionMap"] == 1
+        assert plane.calls["FunctionPutInputs"] >= 3
+        assert len(plane.function_calls[0].inputs) == 120
+
+    async def test_large(self, plane, client):
+        """50 MiB go there and back as blobs: one upload and one download on each side."""
+        app, echo = one_app("echo")
+        data = os.urandom(50 * 2**20)
+        async with app.run.aio():
+            assert await echo.remote.aio(data) == data
+        assert (plane.calls["BlobCreate"], plane.calls["BlobGet"]) == (1, 1)
+        assert (plane.container_calls["BlobCreate"], plane.container_calls["BlobGet"]) == (1, 1)
+        assert len(plane.blob_sizes) == 2
+        assert min(plane.blob_sizes) > 50 * 2**20
+
+    async def test_generator(self, plane, client):
+        """`remote_gen` streams what a generator in the container yields."""
+        app, counts = one_app("counts")
+        async with app.run.aio():
+            assert [number async for number in counts.remote_gen.aio(5)] == [0, 1, 2, 3, 4]
+
+    async def test_two_apps_at_once(self, plane, client):
+        """Two apps run at the same time, each with containers of its own; ending one leaves the other."""
+
+        async def one(seen, done):
+            app, where = one_app("where")
+            async with app.run.aio():
+                seen.append(await where.remote.aio(0))
+                await done.wait()
+                seen.append(await where.remote.aio(0))
+
+        first, second, now = [], [], asyncio.Event()
+        now.set()
+        later = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(one(first, later))
+            ended = tasks.create_task(one(second, now))
+            await ended
+            await plane.until(lambda: first and len(plane.containers) == 1)
+            later.set()
+        assert first[0][0] == first[1][0] != second[0][0]
+
+    async def test_two_clients(self, plane, client):
+        """Clients of one process are told apart: `client=` says which one an app uses."""
+        app, echo = one_app("echo")
+        async with plane.client() as other, app.run.aio(client=other):
+            assert await echo.remote.aio(b"abc") == b"abc"
+            assert plane.connections == 2
+
+
+class TestFailures:
+    async def test_error_of_the_function(self, plane, client):
+        """An exception comes back with its own type; its traceback goes on into the container's frames."""
+        app, fails = one_app("fails")
+        async with app.run.aio():
+            with pytest.raises(job("OddError"), match="no: b'abc'") as caught:
+                await fails.remote.aio(b"abc")
+        assert caught.traceback[-1].name == "fails"
+
+    async def test_timeout(self, plane, client):
+        """A call beyond the function's timeout is a FunctionTimeoutError (no builtin TimeoutError); its container ends."""
+        app, sleeps = one_app("sleeps", timeout=1)
+        async with app.run.aio():
+            with pytest.raises(modal.exception.FunctionTimeoutError, match="hit its timeout of 1s") as caught:
+                await sleeps.remote.aio(600)
+            assert not isinstance(caught.value, TimeoutError)
+            await plane.until(lambda: not plane.containers)
+
+    async def test_crash(self, plane, client):
+        """A container that dies makes its input an InternalFailure; the next call gets a new container."""
+        app, dies_on = one_app("dies_on")
+        async with app.run.aio():
+            with pytest.raises(modal.exception.InternalFailure, match="exit code 7"):
+                await dies_on.remote.aio(7)
+            assert await dies_on.remote.aio(None) == "alive"
+        assert plane.containers_started == 2
+
+    async def test_client_retries(self, plane, client):
+        """With `retries`, the client itself sends a failed input again."""
+        app, fails = one_app("fails", retries=modal.Retries(max_retries=2, initial_delay=0.0))
+        async with app.run.aio():
+            with pytest.raises(job("OddError")):
+                await fails.remote.aio(b"abc")
+        assert plane.calls["FunctionRetryInputs"] == 2
+        assert plane.log.count("OddError: no") == 3
+
+    async def test_module_that_the_image_lacks(self, plane, client):
+        """A container imports what was mounted and what is installed; not the checkout, nor what the image lacks."""
+        plane.without_packages("watchfiles")
+        app, imports = one_app("imports")
+        async with app.run.aio():
+            assert "site-packages" not in await imports.remote.aio("loopback_jobs")
+            assert await imports.remote.aio("google.protobuf")
+            for name in ("hypernodes", "tests", "watchfiles"):
+                with pytest.raises(ModuleNotFoundError, match=name):
+                    await imports.remote.aio(name)
+
+    async def test_local_source(self, plane, client):
+        """`add_local_python_source` is what makes a local package importable in the container."""
+        image = modal.Image.debian_slim().add_local_python_source("hypernodes")
+        app, imports = one_app("imports", image=image)
+        async with app.run.aio():
+            assert "site-packages" not in await imports.remote.aio("hypernodes")
+        assert "/root/hypernodes/__init__.py" in plane.mounted(plane.functions[0])
+
+    async def test_function_that_cannot_be_imported(self, plane, client, tmp_path):
+        """A module that fails to import in the container fails the calls, with the exception that it raised."""
+        module = tmp_path / "only_here.py"
+        module.write_text("import os\nif os.environ.get('MODAL_IS_REMOTE'): import not_there\ndef f(x): pass\n")
+        app = modal.App("one")
+        function = app.function(image=modal.Image.debian_slim())(loopback.load(module).f)
+        async with app.run.aio():
+            with pytest.raises(ModuleNotFoundError, match="not_there"):
+                await function.remote.aio(1)
+
+    async def test_bad_token(self, plane, client):
+        """A token that the server does not know is an AuthError, at the first call."""
+        app, _ = one_app("echo")
+        async with plane.client("ak-other", "as-other") as stranger:
+            with pytest.raises(modal.exception.AuthError, match="Token validation failed"):
+                async with app.run.aio(client=stranger):
+                    pass
+        assert plane.apps == []
+
+    async def test_no_token(self, plane):
+        """Without any token the client says so itself, before it connects."""
+        script = "import modal\nmodal.Client.from_env()"
+        done = plane.run_script(script, MODAL_TOKEN_ID="", MODAL_TOKEN_SECRET="")
+        assert "modal.exception.AuthError: Token missing. Could not authenticate client." in done.stderr
+        assert not plane.calls
+
+    async def test_server_that_fails_for_a_moment(self, plane, client):
+        """The client tries again on UNAVAILABLE, 3 times; then it is a ServiceError."""
+        app, echo = one_app("echo")
+        async with app.run.aio():
+            plane.fail("FunctionMap", times=2)
+            assert await echo.remote.aio(b"abc") == b"abc"
+            assert plane.calls["FunctionMap"] == 3
+            plane.fail("FunctionMap", Status.UNAVAILABLE, "gone", times=4)
+            with pytest.raises(modal.exception.ServiceError, match="gone"):
+                await echo.remote.aio(b"abc")
+
+    async def test_lost_connection(self, plane, client):
+        """A connection that breaks during a call is made again, and the call comes to its end."""
+        app, meets = one_app("meets")
+        async with app.run.aio(), modal.Queue.ephemeral() as meeting:
+            call = asyncio.create_task(meets.remote.aio(meeting, "here", "there"))
+            assert await meeting.get.aio(partition="here", timeout=20)
+            await plane.until(lambda: plane.in_flight["FunctionGetOutputs"] == 1)
+            plane.cut()
+            await meeting.put.aio(1, partition="there")
+            assert await call
+            assert plane.calls["FunctionGetOutputs"] == 2
+
+    async def test_what_the_loopback_lacks(self, plane, client):
+        """A method that the loopback does not have is refused by its name."""
+        with pytest.raises(modal.exception.UnimplementedError, match="EnvironmentList is not implemented"):
+            await modal.environments.list_environments.aio(client=client)
+
+
+class TestCancelling:
+    async def test_leaving_the_app(self, plane, client, tmp_path):
+        """Cancelling the task that is inside `app.run` disconnects the app: the container is interrupted and ends."""
+        app, waits = one_app("waits")
+
+        async def run():
+            async with app.run.aio():
+                await waits.remote.aio(str(tmp_path))
+
+        task = asyncio.create_task(run())
+        await plane.until((tmp_path / "started").exists)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert plane.apps[0].disconnect_reason == "KEYBOARD_INTERRUPT"
+        await plane.until(lambda: not plane.containers)
+        assert (tmp_path / "ended").exists()
+        assert plane.open_inputs == 0
+
+    async def test_cancelling_only_the_call(self, plane, client, tmp_path):
+        """Cancelling `.remote.aio()` alone tells nobody: the container works on."""
+        app, waits = one_app("waits")
+        async with app.run.aio():
+            call = asyncio.create_task(waits.remote.aio(str(tmp_path)))
+            await plane.until((tmp_path / "started").exists)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            await plane.until(lambda: not plane.in_flight["FunctionGetOutputs"])
+            assert (plane.open_inputs, len(plane.containers)) == (1, 1)
+            assert not plane.calls["FunctionCallCancel"]
+        await plane.until((tmp_path / "ended").exists)
+
+    async def test_refusing_to_end(self, plane, client, tmp_path):
+        """A container that ignores the interrupt is killed after the grace, with what it started."""
+        plane.set_limits(grace_s=0.2)
+        app, holds_on = one_app("holds_on")
+        async with app.run.aio():
+            await holds_on.spawn.aio(str(tmp_path))
+            await plane.until((tmp_path / "started").exists)
+            processes = psutil.Process(plane.containers[0].pid).children(recursive=True)
+            assert processes
+        await plane.until(lambda: not plane.containers)
+        assert (tmp_path / "refused").exists()
+        await plane.until(lambda: not any(one.is_running() for one in processes))
+
+    async def test_function_call_cancel(self, plane, client, tmp_path):
+        """`FunctionCall.cancel` cancels the coroutine in the container, which stays; the result is a RemoteError."""
+        app, waits = one_app("waits")
+        async with app.run.aio():
+            call = await waits.spawn.aio(str(tmp_path))
+            await plane.until((tmp_path / "started").exists)
+            await call.cancel.aio()
+            with pytest.raises(modal.exception.RemoteError):
+                await call.get.aio()
+            assert (tmp_path / "cancelled").exists()
+            assert len(plane.containers) == 1
+
+    async def test_kill_of_the_client(self, plane, tmp_path):
+        """A client that dies says nothing; without its heartbeats the app ends, and its containers."""
+        plane.set_limits(heartbeat_timeout_s=2.5)
+        script = plane.start_script(
+            """
+            import time, sys, modal
+            from pathlib import Path
+            app = modal.App("script")
+
+            @app.function()
+            def sleeps(path):
+                Path(path).touch()
+                time.sleep(3600)
+
+            if __name__ == "__main__":
+                with app.run():
+                    sleeps.remote(sys.argv[1])
+            """,
+            str(tmp_path / "started"),
+        )
+        await plane.until((tmp_path / "started").exists)
+        script.send_signal(signal.SIGKILL)
+        script.communicate()
+        await plane.until(lambda: plane.apps[0].ended and not plane.containers)
+        assert plane.apps[0].disconnect_reason == "HEARTBEAT_LOST"
+        assert plane.apps[0].heartbeats >= 1
+
+
+class TestObjects:
+    async def test_queue_while_it_runs(self, plane, client):
+        """What a container puts in a queue reaches the caller while the call runs, and the other way round."""
+        app, tells = one_app("tells")
+        async with app.run.aio(), modal.Queue.ephemeral() as told:
+            call = asyncio.create_task(tells.remote.aio(told, 3))
+            assert [await told.get.aio(timeout=20) for _ in range(3)] == [0, 1, 2]
+            assert not call.done()
+            await told.put.aio("enough", partition="answers")
+            assert await call == "enough"
+            with pytest.raises(queue.Empty):
+                await told.get.aio(timeout=0.01)
+
+    async def test_dict(self, plane, client):
+        """A Dict is the same on both sides."""
+        app, remembers = one_app("remembers")
+        async with app.run.aio(), modal.Dict.ephemeral() as mapping:
+            await mapping.put.aio("given", 1)
+            assert await remembers.remote.aio(mapping, "pid") == 1
+            assert await mapping.get.aio("pid") != os.getpid()
+
+    async def test_volume(self, plane, client, mount_path):
+        """Another container sees what was committed; `commit` and `reload` are calls of the container's."""
+        volume = modal.Volume.from_name("kept", create_if_missing=True)
+        options = {"image": modal.Image.debian_slim(), "volumes": {mount_path: volume}}
+        app = modal.App("one")
+        commits, reads = (app.function(**options)(job(name)) for name in ("commits", "reads"))
+        file = f"{mount_path}/sub/a.txt"
+        async with app.run.aio():
+            await commits.remote.aio(volume, file, "kept")
+            assert await reads.remote.aio(file) == "kept"
+        assert (plane.volume("kept").path / "sub/a.txt").read_text() == "kept"
+        assert plane.volume("kept").commits >= 1
+        assert plane.volumes_of(plane.functions[0]) == {mount_path: "kept"}
+
+    async def test_volume_that_nobody_committed(self, plane, client, mount_path):
+        """Without `commit`, what was written counts once the container ends in peace, and is lost if it is killed."""
+        volume = modal.Volume.from_name("kept", create_if_missing=True)
+        for name, killed in (("a.txt", False), ("b.txt", True)):
+            app, writes = one_app("writes", volumes={mount_path: volume})
+            async with app.run.aio():
+                await writes.remote.aio(f"{mount_path}/{name}", name)
+                assert not (plane.volume("kept").path / name).exists()
+                if killed:
+                    plane.crash(plane.containers[0])
+                    await plane.until(lambda: not plane.containers)
+            await plane.until(lambda: not plane.containers)
+        app, reads = one_app("reads", volumes={mount_path: volume})
+        async with app.run.aio():
+            assert await reads.remote.aio(f"{mount_path}/a.txt") == "a.txt"
+            assert await reads.remote.aio(f"{mount_path}/b.txt") is None
+
+    async def test_volume_that_is_missing(self, plane, client, mount_path):
+        """A volume by a name that does not exist is a NotFoundError when the app starts."""
+        app, _ = one_app("reads", volumes={mount_path: modal.Volume.from_name("absent")})
+        with pytest.raises(modal.exception.NotFoundError, match="Volume 'absent' not found"):
+            async with app.run.aio():
+                pass
+
+    async def test_options(self, plane, client):
+        """What was asked for is there to see, and nothing else: resources, limits, image, secrets."""
+        plane.known_secrets["token"] = {"SECRET_TOKEN": "hush"}
+        image = modal.Image.debian_slim(python_version="3.12").pip_install("numpy==2.0").env({"MODE": "test"})
+        app, where = one_app(
+            "where",
+            image=image,
+            gpu=["H100:2", "A100"],
+            cpu=2.5,
+            memory=(1024, 2048),
+            timeout=100,
+            max_containers=3,
+            scaledown_window=30,
+            secrets=[modal.Secret.from_name("token"), modal.Secret.from_dict({"A": "1"})],
+        )
+        async with app.run.aio():
+            environment = (await where.remote.aio(0))[4]
+        function = plane.functions[0]
+        assert function.options == {
+            "gpu": ["H100:2", "A100"],
+            "cpu": 2.5,
+            "memory": (1024, 2048),
+            "timeout": 100,
+            "startup_timeout": 100,
+            "max_containers": 3,
+            "scaledown_window": 30,
+        }
+        assert plane.secrets_of(function) == ["token", ""]
+        commands = plane.image_of(function).commands
+        assert commands[0].startswith("FROM python:3.12")
+        assert any("numpy==2.0" in line for line in commands)
+        assert {"SECRET_TOKEN": "hush", "A": "1", "MODE": "test"}.items() <= environment.items()
+        assert "MODAL_TOKEN_SECRET" not in environment
+
+    async def test_logs(self, plane, client, capsys):
+        """What containers print is in the app's log, and printed by the client while output is enabled."""
+        app, echo = one_app("echo")
+        with modal.enable_output():
+            async with app.run.aio():
+                await echo.remote.aio(b"abc")
+                await plane.until(lambda: "echo of 3 bytes" in plane.log)
+        assert "echo of 3 bytes" in capsys.readouterr().out
+        assert plane.calls["AppGetLogs"] >= 1
+
+
+class TestOtherProcesses:
+    SERVICE = """
+        import sys, time, modal
+        app = modal.App("service", image=modal.Image.debian_slim())
+
+        @app.function()
+        def double(number):
+            return 2 * number
+
+        @app.function()
+        def slow_double(number):
+            time.sleep(0.5)
+            return 2 * number
+    """
+
+    def run(self, plane, main):
+        """Run the service's file with this as its main part."""
+        source = f'{textwrap.dedent(self.SERVICE)}\nif __name__ == "__main__":\n{textwrap.indent(main, "    ")}\n'
+        done = plane.run_script(source)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    async def test_script(self, plane):
+        """A script is its own mount; its app ends with it."""
+        assert self.run(plane, "with app.run():\n    print(double.remote(21))") == "42\n"
+        assert plane.mounted(plane.functions[0]) == ["/root/script.py"]
+        assert plane.apps[0].ended
+
+    async def test_deployed(self, plane, client):
+        """A deployed function is found by name from another process, keeps its containers, and ends when stopped."""
+        self.run(plane, "app.deploy()")
+        double = modal.Function.from_name("service", "double")
+        assert await double.remote.aio(21) == 42
+        assert await double.remote.aio(1) == 2
+        assert plane.containers_started == 1
+        with pytest.raises(modal.exception.NotFoundError, match="'other'"):
+            await modal.Function.from_name("service", "other").hydrate.aio()
+        assert len(plane.containers) == 1
+        self.run(plane, "modal.App.lookup('service').stop()")
+        await plane.until(lambda: not plane.containers)
+
+    async def test_spawned(self, plane, client):
+        """What one process spawned in a detached app, another one waits for by its id."""
+        call_id = self.run(plane, "with app.run(detach=True):\n    print(slow_double.spawn(21).object_id)").strip()
+        call = modal.FunctionCall.from_id(call_id)
+        with pytest.raises(TimeoutError):
+            await call.get.aio(timeout=0)
+        assert await call.get.aio(timeout=20) == 42
+        assert await call.get.aio() == 42
