@@ -128,6 +128,8 @@ class Connections:
             free: list[Any] = []
             keeper = _closing(free, self._kind, weakref.WeakMethod(self._forget), loop)
             await anext(keeper)
+            # Held from outside: collected as garbage together with the store, connections could not be closed.
+            weakref.finalize(self, _let_go, keeper).atexit = False
             pool = self._pools[loop] = _Pool(asyncio.Semaphore(self._kind.connections), free, keeper)
         return pool
 
@@ -164,8 +166,8 @@ async def _closing(
 ) -> AsyncGenerator[None, None]:
     """Close a loop's connections when the loop ends, or when nobody has them any more.
 
-    An event loop closes the generators that began on it before it ends, and one that is thrown away. So that it is
-    thrown away with the store, and not later with the garbage, this one refers to neither the store nor the pool.
+    An event loop closes the generators that began on it before it ends, and one that is let go of. This one refers to
+    neither the store nor the pool, so that it does not keep them.
     """
     try:
         yield
@@ -175,6 +177,10 @@ async def _closing(
             forgotten(loop)
         while free:
             await _close(free.pop(), kind)
+
+
+def _let_go(keeper: AsyncGenerator[None, None]) -> None:
+    """Have the last reference to a generator, and lose it."""
 
 
 async def _close(connection: Any, kind: Kind) -> None:

@@ -284,8 +284,5 @@ def _forget_flights() -> None:
         flights._flying.clear()
 
 
-FLIGHTS = Flights()
-"""Of this process; keys name the store as well."""
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_flights)
