@@ -182,10 +182,10 @@ class Containers:
             container.idle = loop.call_later(window, self._scale_down, container)
 
         def ready() -> bool:
-            return container.draining or (bool(function.pending) and not container.stopping)
+            return container.draining or container.stopping or bool(function.pending)
 
         await self._state.changes.until(ready, timeout_s=None)
-        if container.draining:
+        if container.draining or container.stopping:
             return api_pb2.FunctionGetInputsResponse(inputs=[api_pb2.FunctionGetInputsItem(kill_switch=True)])
         if container.idle:
             container.idle.cancel()
