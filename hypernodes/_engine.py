@@ -403,7 +403,7 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
     program, spec = step.program, step.inner_map
     path = (*scope.at(index), step.name)
     shared = {name: values[slot] for name, slot in step.shared}
-    columns = feed = total = None
+    columns = feed = total = inside = None
     backend = program.plan.settings.backend
     elsewhere = backend is not INHERIT and backend is not scope.backend
     child = scope.inside(program.plan, path)
@@ -412,7 +412,7 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
     if step.step.map is not None:
         rows = listed_rows(step.step.map, step.inputs(values), f"nested pipeline {step.name!r}")
         feed, total = ListFeed(rows), rows.count
-        columns = Columns(step.wanted, total, lazy=lazy)
+        columns = Columns(step.wanted, total, lazy=lazy, traced=traced)
     if elsewhere:
         job = Job(
             plan=program.plan,
@@ -425,6 +425,7 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
             total=total,
             limits=scope.limits,
             cache=None if scope.cache is None else scope.cache.session.store,
+            refresh=scope.run.refresh,
             run=scope.run,
         )
         if columns is None:
@@ -442,9 +443,9 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
             origin = _origin(scope, step, values, index, total) if traced else None
             await _run_map(MapWork(child, program, shared, spec, feed, total, columns, origin), inside)
             results = columns.lists
-        if scope.cache is not None:
-            trace: Any = values
-            trace.note(step, inside, columns)
+    if scope.cache is not None:
+        trace: Any = values
+        trace.note(step, inside, columns)
     for target, result in zip(step.targets, results, strict=True):
         values[target] = result
 

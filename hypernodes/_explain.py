@@ -11,6 +11,7 @@ from hypernodes._engine import PipelineExecutionEngine, values_for
 from hypernodes._explanation import Explanation, NodeExplanation, Reason, Status
 from hypernodes._feed import END
 from hypernodes._mapping import listed_rows
+from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, Program, bind
 from hypernodes._run import Job, Run, Scope
 from hypernodes._trace import BY_VALUE, Listed, Trace
@@ -152,6 +153,7 @@ class _Teller:
                 traced = isinstance(inside, Trace)
                 trace[target] = inside[slot] if traced else _NEVER_RUN
                 trace.digests[target] = inside.digests[slot] if traced else None  # type: ignore[attr-defined]
+            await self._by_value_elsewhere(trace, step, inside)
             return
         assert step.step.map is not None
         outside = dict(step.parameters)
@@ -178,6 +180,17 @@ class _Teller:
             trace.digests[target] = None
             if known and isinstance(template, Trace):
                 trace.digests[target] = Listed(digests, made, trace.recipe.tracer.session)
+        await self._by_value_elsewhere(trace, step, template)
+
+    async def _by_value_elsewhere(self, trace: Trace, step: BoundPlan, inside: list[Any]) -> None:
+        """Load what a nested pipeline on a backend of its own makes: from there it comes as values, and counts so."""
+        if step.program.plan.settings.backend is INHERIT or not isinstance(inside, Trace):
+            return
+        for target in step.targets:
+            loaded, refused = await inside.recipe.tracer.session.load(trace.unloaded([target]))
+            trace.put_in_place([target], loaded)
+            there = trace[target] is not _NEVER_RUN and not refused
+            trace.digests[target] = BY_VALUE if there else None
 
     def _forget_unknown(self, trace: Trace) -> None:
         for slot, value in enumerate(trace):

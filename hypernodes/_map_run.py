@@ -19,14 +19,16 @@ RunItem = Callable[[Scope, Program, list[Any], int, "MapRun"], Awaitable[None]]
 class Columns:
     """A sink that gathers a list for each output, in input order."""
 
-    __slots__ = ("_names", "digests", "failures", "lazy", "lists")
+    __slots__ = ("_names", "digests", "failures", "lazy", "lists", "traced")
 
     bounded = False
 
-    def __init__(self, names: Sequence[str], count: int, *, lazy: bool = False) -> None:
+    def __init__(self, names: Sequence[str], count: int, *, lazy: bool = False, traced: bool = False) -> None:
         self._names = names
         self.lazy = lazy
-        self.digests: list[list[Any]] = [[None] * count for _ in names] if lazy else []
+        self.traced = traced
+        """Whether it keeps digests."""
+        self.digests: list[list[Any]] = [[None] * count for _ in names] if traced else []
         """Of items that have finished in a run with a cache."""
         self.lists: list[list[Any]] = [[None] * count for _ in names]
         self.failures: list[ItemFailure] = []
@@ -40,7 +42,7 @@ class Columns:
 
     def deliver(self, index: int, outputs: tuple[Any, ...], digests: Sequence[Any] | None = None) -> None:
         """Store an item's outputs at its position."""
-        if digests is not None and self.lazy:
+        if digests is not None and self.traced:
             for known, digest in zip(self.digests, digests, strict=True):
                 known[index] = digest
         for column, value in zip(self.lists, outputs, strict=True):

@@ -344,12 +344,12 @@ class Trace(list[Any]):
         flat = [each.digest if isinstance(each, Listed) else each for each in wanted]
         return listed(each for each in flat if type(each) is bytes).hex()
 
-    def note(self, step: BoundPlan, inside: list[Any], columns: Any) -> None:
+    def note(self, step: BoundPlan, inside: list[Any] | None, columns: Any) -> None:
         """Note the digests of what a nested pipeline has made."""
         for count, (target, (_, slot)) in enumerate(zip(step.targets, step.program.outputs, strict=True)):
             if columns is not None:
                 self.digests[target] = BY_VALUE
-                if columns.lazy:
+                if columns.traced:
                     items = [FAILED if each is None else each for each in columns.digests[count]]
                     self.digests[target] = Listed(items, columns.lists[count], self.recipe.tracer.session)
             else:

@@ -131,6 +131,7 @@ class ChunkedMap:
             "limits": limits,
             "wanted": self._wanted,
             "run_id": scope.run.run_id,
+            "refresh": scope.run.refresh,
             "limit": self._limit,
             "backend": scope.backend,
             **self._cache_described(),
@@ -156,7 +157,7 @@ class ChunkedMap:
             "given": recipe.given,
             "asked": recipe.asked,
             "digests": {name: self._template.digests[slots[name]] for name in self._inputs},
-            "traced": self._sink.lazy,
+            "traced": getattr(self._sink, "traced", False),
         }
 
     def packed_rows(self, chunk: Chunk) -> list[Any] | None:

@@ -49,8 +49,10 @@ class WorkerRun(Run):
 
     __slots__ = ("_remote", "spent")
 
-    def __init__(self, run_id: str, emit: ev.Emit | None, remote: Mapping[BoundKey, RemoteBound]) -> None:
-        super().__init__(run_id, emit)
+    def __init__(
+        self, run_id: str, emit: ev.Emit | None, refresh: frozenset[str], remote: Mapping[BoundKey, RemoteBound]
+    ) -> None:
+        super().__init__(run_id, emit, refresh)
         self._remote = remote
         self.spent = False
         """Whether a thread runs on in this process that nobody waits for."""
@@ -87,7 +89,7 @@ class MapHere:
         self._template: list[Any]
         self._board = board
         self._outbox = Outbox(channel, board, described["wanted"], kinds, traced=described.get("traced", False))
-        run = self._run = WorkerRun(described["run_id"], self._outbox if kinds else None, remote)
+        run = self._run = WorkerRun(described["run_id"], self._outbox if kinds else None, described["refresh"], remote)
         # A store that cannot be shared was left out, whichever pipeline has set it.
         self._scope = Scope(run, plan, path, engine, described["backend"], limits)
         self._scope.cache = run.tracer(described["cache"])
