@@ -10,7 +10,7 @@ import time
 import anyio
 import pytest
 
-from hypernodes import CallbackContext, Pipeline, PipelineCallback, node
+from hypernodes import CallbackContext, DiskCache, Pipeline, PipelineCallback, node
 from hypernodes.backend import LocalBackend
 from hypernodes.events import (
     ItemFailed,
@@ -730,7 +730,7 @@ async def test_one_callback_serves_overlapping_runs():
 @pytest.mark.parametrize(
     "hook", [name for name in dir(PipelineCallback) if name.startswith("on_") and name != "on_error"]
 )
-async def test_a_callback_that_raises_is_switched_off_and_logged(hook, caplog):
+async def test_a_callback_that_raises_is_switched_off_and_logged(hook, caplog, tmp_path):
     """A broken hook is logged once, its callback is called no more in this run, the run and others go on."""
     calls = []
 
@@ -746,10 +746,15 @@ async def test_a_callback_that_raises_is_switched_off_and_logged(hook, caplog):
             yield letter
 
     bad, good = type("Bad", (PipelineCallback,), {hook: broken})(), Log()
-    pipeline = Pipeline([retrieval, spell], name="all", callbacks=[bad, good])
+    # Of two items one is in the cache already.
+    counted = encode_one.with_cache(DiskCache(tmp_path / "cache"))
+    await counted.arun(word="known")
+    known = counted.as_node({"known": "word"}, {"vector": "lengths"}, map_over="known", name="count_known")
+    pipeline = Pipeline([retrieval, spell, known], name="all", callbacks=[bad, good])
     with caplog.at_level(logging.DEBUG, "hypernodes"):
-        answer = await pipeline.arun(raw="to be")
+        answer = await pipeline.arun(raw="to be", known=["known", "new"])
     assert answer["total"] == 4
+    assert answer["lengths"] == [5, 3]
     assert calls == [hook]
     records = [record for record in caplog.records if record.name == "hypernodes" and "Bad" in record.getMessage()]
     assert len(records) == 1
