@@ -379,6 +379,7 @@ class Pipeline(PipelineDefinition):
             feed=feed,
             total=total,
             refresh=refreshed_names(plan, refresh),
+            nested=bool(_running.get()),
         )
 
     def _map_spec(

@@ -95,6 +95,8 @@ class Job:
     """The store of the enclosing pipelines; None for no cache."""
     refresh: frozenset[str] = frozenset()
     """Names of the outputs that are recomputed although a cache has them."""
+    nested: bool = False
+    """Whether a function of a node asks for it."""
     run: Run | None = None
     """The run that this job is part of, when both are in this process."""
 
@@ -170,6 +172,7 @@ class Run:
 
     __slots__ = (
         "_bounds",
+        "_nested",
         "_own_workers",
         "_threads",
         "_tracers",
@@ -181,8 +184,11 @@ class Run:
         "yield_at",
     )
 
-    def __init__(self, run_id: str, emit: Emit | None, refresh: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, run_id: str, emit: Emit | None, refresh: frozenset[str] = frozenset(), *, nested: bool = False
+    ) -> None:
         self.run_id = run_id
+        self._nested = nested
         self.emit = emit
         self.refresh = refresh
         self._tracers: dict[Any, Tracer] = {}
@@ -239,7 +245,7 @@ class Run:
             from hypernodes._trace import Tracer
             from hypernodes.cache._session import CacheSession
 
-            tracer = self._tracers[identity(store)] = Tracer(CacheSession(store), self.refresh)
+            tracer = self._tracers[identity(store)] = Tracer(CacheSession(store, nested=self._nested), self.refresh)
         return tracer
 
     async def save_late(self) -> None:

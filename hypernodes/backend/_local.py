@@ -43,7 +43,7 @@ class LocalBackend(Backend):
         """Run a job on this event loop."""
         if job.run is not None:
             return await self.engine.arun(job, job.run, self)
-        run = Run(job.run_id, emit, job.refresh)
+        run = Run(job.run_id, emit, job.refresh, nested=job.nested)
         try:
             return await saving(run, job, lambda: self.engine.arun(job, run, self))
         finally:
@@ -54,7 +54,7 @@ class LocalBackend(Backend):
         if job.run is not None:
             await self.engine.amap(job, job.run, self, sink)
             return
-        run = Run(job.run_id, emit, job.refresh)
+        run = Run(job.run_id, emit, job.refresh, nested=job.nested)
         try:
             await saving(run, job, lambda: self.engine.amap(job, run, self, sink))
         finally:

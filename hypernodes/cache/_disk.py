@@ -64,6 +64,9 @@ class DiskCache:
     >>> folder.cleanup()
     """
 
+    deadline_s: float | None = None
+    """Reading files takes as long as it takes: a thread that does so cannot be stopped."""
+
     travels = True
     """Worker processes and containers that a run uses may open it too."""
 

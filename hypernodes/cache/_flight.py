@@ -44,12 +44,14 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flying)
 
-    async def once(self, key: Hashable, compute: Callable[[], Awaitable[T]]) -> tuple[T, bool]:
+    async def once(self, key: Hashable, compute: Callable[[], Awaitable[T]], *, wait: bool = True) -> tuple[T, bool]:
         """Return the result for a key, and whether this very call computed it.
 
         While a key is being computed, other calls for it wait and get the same object, whatever their thread and
         event loop. An ``Exception`` of the leader is raised in all of them, in each a copy of its own where one can
         be made. If the leader is cancelled (or ends by ``KeyboardInterrupt`` and the like), one of them computes.
+        With ``wait=False`` a call computes for itself when another one does already: for callers that hold what the
+        other one may be waiting for, such as a token of a limit.
 
         Raises:
             CacheError: the code that computes the key asks for the key, and would wait for itself.
@@ -61,7 +63,7 @@ class Flights:
         try:
             # One atomic step: alone, a caller needs no lock.
             while (there := self._flying.setdefault(key, flight)) is not flight:
-                if not await _landing(there, outer):
+                if not wait or not await _landing(there, outer):
                     break  # the other side waits for this one, so this one computes for itself
                 if there.state == "landed":
                     return there.result, False

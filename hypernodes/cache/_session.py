@@ -80,8 +80,10 @@ class Loaded(dict[str, Any]):
 class CacheSession:
     """One run's use of one store. Nothing in it ever fails a run."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, *, nested: bool = False) -> None:
         self.store = store
+        self._nested = nested
+        """Whether a node's function has started this run: then it may hold a token that others wait for."""
         self._guard = guard_of(store)
         self._guard.check()
         self._buffer = buffer_of(identity(store))
@@ -264,7 +266,7 @@ class CacheSession:
 
     async def once(self, key: str, compute: Callable[[], Awaitable[Any]]) -> tuple[Any, bool]:
         """Compute what several ask for at the same time once; say whether this caller did it."""
-        return await _FLIGHTS.once((self._buffer, key), compute)
+        return await _FLIGHTS.once((self._buffer, key), compute, wait=not self._nested)
 
     # ---- writing
 
