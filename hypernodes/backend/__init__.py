@@ -1,7 +1,26 @@
 """Where pipelines run."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from hypernodes._engine import PipelineExecutionEngine
 from hypernodes.backend._base import Backend
 from hypernodes.backend._local import LocalBackend
 
-__all__ = ["Backend", "LocalBackend", "PipelineExecutionEngine"]
+if TYPE_CHECKING:
+    from hypernodes.backend._modal import ModalBackend
+    from hypernodes.backend._remote import RemoteBackend
+
+__all__ = ["Backend", "LocalBackend", "ModalBackend", "PipelineExecutionEngine", "RemoteBackend"]
+
+_HOMES = {"ModalBackend": "_modal", "RemoteBackend": "_remote"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a backend of another machine when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

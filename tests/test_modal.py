@@ -1,0 +1,497 @@
+"""Whole runs in a container: the real Modal client and container entry point, on a loopback control plane.
+
+What Modal's servers do (building images, scaling, timeouts, what becomes of a container that dies) is a model there.
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import anyio
+import modal
+import modal.runner
+import numpy as np
+import psutil
+import pytest
+
+from hypernodes import (
+    DefinitionError,
+    DiskCache,
+    Pipeline,
+    PipelineCallback,
+    RemoteExecutionError,
+    RemoteTimeoutError,
+    SerializationError,
+    WorkerCrashedError,
+    node,
+)
+from hypernodes.backend import LocalBackend, ModalBackend, RemoteBackend
+from hypernodes.backend._remote import packed, run_payload, unpacked
+from tests import loopback
+
+plane, client = loopback.plane, loopback.client
+
+IMAGE = modal.Image.debian_slim()
+PATIENCE_S = 30
+
+
+@node("cleaned")
+def clean(text):
+    return text.strip()
+
+
+@node("size")
+async def measure(cleaned):
+    await asyncio.sleep(0)
+    return len(cleaned)
+
+
+def text_pipeline(**options):
+    return Pipeline([clean, measure], name="text", backend=ModalBackend(IMAGE, **options))
+
+
+def assert_nothing_left(plane):
+    assert plane.open_inputs == 0
+    assert plane.containers == []
+
+
+@pytest.mark.asyncio
+class TestOneCall:
+    async def test_a_run_is_one_call(self, plane, client):
+        """However many nodes there are, a run is one call of one container, which is gone afterwards."""
+        assert await text_pipeline().arun(text=" abc ") == {"cleaned": "abc", "size": 3}
+        assert plane.calls["FunctionMap"] == 1
+        assert plane.calls["FunctionPutInputs"] == 0
+
+    async def test_a_map_is_one_call(self, plane, client):
+        """However many items there are, a map is one call, and results are in order."""
+        texts = [" a" * count for count in range(2_000)]
+        sizes = (await text_pipeline().amap({"text": texts}, "text", output_name="size"))["size"]
+        assert sizes == [len(text.strip()) for text in texts]
+        assert plane.calls["FunctionMap"] == 1
+        assert plane.calls["FunctionPutInputs"] == 0
+
+    async def test_an_item_costs_the_caller_no_task(self, plane, client):
+        """While a map of many items runs in the container, the caller's loop has as many tasks as for a few."""
+
+        @node("slept")
+        async def sleep(x):
+            await asyncio.sleep(0.5)
+            return x
+
+        pipeline = Pipeline([sleep], backend=ModalBackend(IMAGE, max_concurrency=5_000))
+        most = {}
+        for count in (2, 2_000):
+            counts = []
+
+            async def watch(counts=counts):
+                while True:
+                    counts.append(len(asyncio.all_tasks()))
+                    await asyncio.sleep(0.05)
+
+            watching = asyncio.create_task(watch())
+            result = await pipeline.amap({"x": range(count)}, "x")
+            watching.cancel()
+            assert result["slept"] == list(range(count))
+            most[count] = max(counts)
+        assert most[2_000] <= most[2] + 1
+
+    async def test_from_sync_code_in_a_running_loop(self, plane, client):
+        """run() works where a loop runs already, as in a notebook cell."""
+        assert text_pipeline().run(text=" abc ", output_name="size") == 3
+
+    async def test_a_stream(self, plane, client):
+        """astream hands over what the container has made."""
+        async with text_pipeline().astream({"text": ["a", "bb"]}, "text", output_name="size") as items:
+            assert [item.outputs async for item in items] == [{"size": 1}, {"size": 2}]
+
+    async def test_the_engine_inside_takes_its_options(self, plane, client):
+        """Threads, worker processes and limits are those of the container."""
+
+        @node("pid", run_in="process")
+        def where(x):
+            return os.getpid()
+
+        @node("thread")
+        def in_thread(x):
+            return threading.current_thread() is threading.main_thread()
+
+        backend = ModalBackend(IMAGE, node_execution="threaded", max_workers=2)
+        made = await Pipeline([where, in_thread], backend=backend).amap({"x": range(3)}, "x")
+        assert os.getpid() not in made["pid"]
+        assert made["thread"] == [False] * 3
+        limited = Pipeline([where], backend=ModalBackend(IMAGE, map_execution="parallel", max_workers=2))
+        assert len(set((await limited.amap({"x": range(8)}, "x"))["pid"])) <= 8
+
+    async def test_resources_of_a_part(self, plane, client):
+        """A nested pipeline with a backend of its own runs there, while the one around it stays here."""
+
+        @node("here")
+        def here(size):
+            return os.getpid()
+
+        @node("there", run_in="loop")
+        def there(cleaned):
+            return os.getpid()
+
+        inside = Pipeline([clean, there, measure], name="inside", backend=ModalBackend(IMAGE, gpu="A100"))
+        nested = inside.as_node(map_over="text", output_mapping={"size": "sizes"})
+        total = node("size")(lambda sizes: sum(sizes))
+        made = await Pipeline([nested, total, here]).arun(text=["a", "bb", "ccc"])
+        assert made["size"] == 6
+        assert made["here"] == os.getpid()
+        assert len(set(made["there"])) == 1
+        assert made["there"][0] != os.getpid()
+        assert plane.calls["FunctionMap"] == 1
+
+    async def test_limits_set_around_it_hold_inside(self, plane, client):
+        """A limit that an enclosing pipeline sets holds in the container of a nested one too."""
+        running = []
+
+        @node("most", limit="two")
+        async def work(x):
+            running.append(x)
+            most = len(running)
+            await asyncio.sleep(0.02)
+            running.remove(x)
+            return most
+
+        inside = Pipeline([work], name="inside", backend=ModalBackend(IMAGE)).as_node(map_over="x")
+        made = await Pipeline([inside], limits={"two": 2}).arun(x=list(range(6)))
+        assert max(made["most"]) == 2
+
+    async def test_one_place_inside_another_is_refused(self, plane, client):
+        """A container does not start others: the message says so, before anything runs."""
+        inside = Pipeline([clean], name="inside", backend=ModalBackend(IMAGE, gpu="A100"))
+        with pytest.raises(SerializationError, match="a container does not start others"):
+            await Pipeline([inside, measure], backend=ModalBackend(IMAGE)).arun(text="a")
+
+    async def test_the_same_place_inside_is_the_same_container(self, plane, client):
+        """A nested pipeline that asks for the backend of the one around it is part of its call."""
+        backend = ModalBackend(IMAGE)
+        inside = Pipeline([clean], name="inside", backend=backend)
+        assert (await Pipeline([inside, measure], backend=backend).arun(text=" a "))["size"] == 1
+        assert plane.calls["FunctionMap"] == 1
+
+
+@pytest.mark.asyncio
+class TestValues:
+    async def test_large_arrays(self, plane, client):
+        """Arrays of many megabytes go out and back whole, and can be written to."""
+
+        @node("doubled")
+        def double(array):
+            array *= 2
+            return array
+
+        array = np.arange(2_000_000, dtype=np.float64)
+        made = await Pipeline([double], backend=ModalBackend(IMAGE)).arun(array=array.copy(), output_name="doubled")
+        assert np.array_equal(made, array * 2)
+        made += 1
+        assert plane.calls["BlobCreate"] >= 1
+
+    async def test_classes_of_the_caller(self, plane, client):
+        """Closures, lambdas and classes that only the caller has travel with the call."""
+
+        class Point:
+            def __init__(self, x):
+                self.x = x
+
+        factor = 3
+        pipeline = Pipeline([node("moved")(lambda point: Point(point.x * factor))], backend=ModalBackend(IMAGE))
+        assert (await pipeline.arun(point=Point(2), output_name="moved")).x == 6
+
+
+@pytest.mark.asyncio
+class TestEvents:
+    async def test_callbacks_hear_what_happens_in_the_container(self, plane, client):
+        """In the order in which it happened, with the paths that a local run has."""
+
+        class Watch(PipelineCallback):
+            def __init__(self):
+                self.seen = []
+
+            def on_node_start(self, node_id, inputs, ctx):
+                self.seen.append(("start", node_id, dict(inputs), ctx.current_pipeline_id))
+
+            def on_node_end(self, node_id, outputs, duration, ctx):
+                self.seen.append(("end", node_id, dict(outputs), ctx.current_pipeline_id))
+
+        far, near = Watch(), Watch()
+        await text_pipeline().with_callbacks([far]).arun(text=" abc ")
+        await text_pipeline().with_callbacks([near]).with_backend(LocalBackend()).arun(text=" abc ")
+        assert far.seen == near.seen
+
+    async def test_they_come_while_the_container_runs(self, plane, client):
+        """The first item is heard of long before the last one is done."""
+
+        @node("slept")
+        async def sleep(x):
+            await asyncio.sleep(x)
+            return x
+
+        times = []
+
+        class Watch(PipelineCallback):
+            def on_map_item_end(self, item_index, duration, ctx):
+                times.append(time.monotonic())
+
+        pipeline = Pipeline([sleep], backend=ModalBackend(IMAGE), callbacks=[Watch()])
+        await pipeline.amap({"x": [0.01, 2.5]}, "x")
+        first, second = times
+        assert second - first > 1
+
+
+@pytest.mark.asyncio
+class TestErrors:
+    async def test_a_users_exception_comes_back_as_itself(self, plane, client):
+        """With its path, its remote traceback as its cause, and nothing of Modal's."""
+
+        @node("x")
+        def fails(text):
+            raise ValueError("no such text")
+
+        inside = Pipeline([fails], name="inside").as_node(map_over="text")
+        with pytest.raises(ValueError, match="no such text") as caught:
+            await Pipeline([inside], name="outside", backend=ModalBackend(IMAGE)).arun(text=["a", "b"])
+        assert caught.value.__notes__ == ["in node 'fails' at outside / inside[0] / fails"]
+        assert "raise ValueError" in str(caught.value.__cause__)
+
+    async def test_of_a_nested_pipeline_too(self, plane, client):
+        """The note says the innermost place, once."""
+
+        @node("x")
+        def fails(text):
+            raise ValueError("no such text")
+
+        inside = Pipeline([fails], name="inside", backend=ModalBackend(IMAGE))
+        with pytest.raises(ValueError, match="no such text") as caught:
+            await Pipeline([inside], name="outside").arun(text="a")
+        assert caught.value.__notes__ == ["in node 'fails' at outside / inside / fails"]
+
+    async def test_failures_are_collected(self, plane, client):
+        """on_error="collect" works as it does here."""
+
+        @node("half")
+        def halve(x):
+            if x % 2:
+                raise ValueError(f"{x} is odd")
+            return x // 2
+
+        result = await Pipeline([halve], backend=ModalBackend(IMAGE)).amap({"x": range(4)}, "x", on_error="collect")
+        assert result["half"] == [0, None, 1, None]
+        assert [(failure.index, str(failure.error), failure.inputs) for failure in result.failures] == [
+            (1, "1 is odd", {"x": 1}),
+            (3, "3 is odd", {"x": 3}),
+        ]
+
+    async def test_what_cannot_be_sent_is_named(self, plane, client):
+        """The path of the object, before anything is started."""
+
+        class Encoder:
+            def __init__(self):
+                self._lock = threading.Lock()
+
+        with pytest.raises(SerializationError, match=r"inputs\['text'\]\._lock is a lock"):
+            await text_pipeline().arun(text=Encoder())
+        assert plane.calls["AppCreate"] == 0
+
+    async def test_what_cannot_be_sent_back_is_named(self, plane, client):
+        """An output that cannot be pickled is an error of ours, which names it."""
+
+        @node("lock")
+        def make(text):
+            return threading.Lock()
+
+        with pytest.raises(SerializationError, match="output 'lock'"):
+            await Pipeline([make], backend=ModalBackend(IMAGE)).arun(text="a")
+
+    async def test_a_module_that_the_image_lacks(self, plane, client, tmp_path, monkeypatch):
+        """The message names the module and how to add it to the image."""
+        (tmp_path / "only_here.py").write_text("def shout(text):\n    return text.upper()\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        import only_here
+
+        with pytest.raises(RemoteExecutionError, match=r"no module 'only_here'.*add_local_python_source"):
+            await Pipeline([node("x")(only_here.shout)], backend=ModalBackend(IMAGE)).arun(text="a")
+
+    async def test_a_container_that_dies(self, plane, client):
+        """Is one error of ours, with Modal's as its cause."""
+
+        @node("x", run_in="loop")
+        def dies(text):
+            os._exit(3)
+
+        with pytest.raises(WorkerCrashedError, match="container") as caught:
+            await Pipeline([dies], backend=ModalBackend(IMAGE)).arun(text="a")
+        assert isinstance(caught.value.__cause__, modal.exception.Error)
+
+    async def test_a_timeout(self, plane, client):
+        """The backend's timeout is an error of ours, which is a TimeoutError."""
+
+        @node("x")
+        async def waits(text):
+            await asyncio.sleep(60)
+
+        with pytest.raises(RemoteTimeoutError, match="timeout"):
+            await Pipeline([waits], backend=ModalBackend(IMAGE, timeout=1)).arun(text="a")
+
+    async def test_under_trio(self):
+        """Modal's client needs asyncio, and the message says so."""
+
+        def under_trio():
+            anyio.run(lambda: text_pipeline().arun(text="a"), backend="trio")
+
+        with pytest.raises(RemoteExecutionError, match="asyncio"):
+            await anyio.to_thread.run_sync(under_trio)
+
+
+@pytest.mark.asyncio
+class TestCancellation:
+    async def test_cancelling_ends_the_remote_run(self, plane, client, tmp_path):
+        """The awaiting task is cancelled: the container is stopped, and nothing is left on the control plane."""
+        started = tmp_path / "started"
+
+        @node("x")
+        async def waits(text):
+            started.touch()
+            await asyncio.sleep(3600)
+
+        task = asyncio.create_task(Pipeline([waits], backend=ModalBackend(IMAGE)).arun(text="a"))
+        with anyio.fail_after(PATIENCE_S):
+            while not started.exists():
+                await asyncio.sleep(0.02)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            while psutil.Process().children(recursive=True):
+                await asyncio.sleep(0.02)
+        assert plane.calls["AppClientDisconnect"] == 1
+
+
+@pytest.mark.asyncio
+class TestOptions:
+    async def test_what_is_asked_for_arrives(self, plane, client):
+        """Resources, timeout, volumes and secrets are those of the function on the control plane."""
+        path = f"/tmp/hypernodes-options-{os.getpid()}"
+        volume = modal.Volume.from_name("results", create_if_missing=True)
+        secret = modal.Secret.from_dict({"TOKEN": "s3cret"})
+        backend = ModalBackend(
+            IMAGE,
+            gpu="H100:2",
+            cpu=4,
+            memory="32GB",
+            timeout=77,
+            volumes={path: volume},
+            secrets=[secret],
+        )
+        assert "s3cret" not in repr(backend)
+        await Pipeline([clean], backend=backend).arun(text="a")
+        (function,) = plane.functions
+        asked = function.options
+        assert asked["timeout"] == 77
+        assert asked["memory"] == 30518
+        assert asked["cpu"] == 4
+        assert asked["gpu"] == "H100:2"
+        assert [mount.mount_path for mount in function.definition.volume_mounts] == [path]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"memory": "lots"}, "memory is a number of MiB or a size"),
+            ({"memory": -1}, "memory is a number"),
+            ({"gpu": 3}, "gpu of ModalBackend is a type"),
+            ({"gpu": []}, "gpu of ModalBackend is a type"),
+            ({"cpu": 0}, "cpu of ModalBackend"),
+            ({"timeout": 0}, "timeout"),
+            ({"timeout": 100_000}, "a day"),
+            ({"volumes": {"relative": None}}, "absolute path"),
+            ({"volumes": {"/x": "name"}}, "modal.Volume"),
+            ({"volumes": ["/x"]}, "dict"),
+            ({"secrets": ["TOKEN"]}, "modal.Secret"),
+            ({"image": "debian"}, "modal.Image"),
+            ({"map_execution": "fast"}, "map_execution"),
+        ],
+    )
+    async def test_bad_options(self, options, message):
+        """Each is refused when the backend is made, with what it must be."""
+        with pytest.raises(DefinitionError, match=message):
+            ModalBackend(**options)
+
+
+@pytest.mark.asyncio
+async def test_a_cache_on_a_volume(plane, client, tmp_path):
+    """A DiskCache on a volume is read before the run and committed after it: the next container has it."""
+    path = f"/tmp/hypernodes-volume-{os.getpid()}"
+    volume = modal.Volume.from_name("results", create_if_missing=True)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+
+    @node("marked", depends_on=[])
+    def mark(x):
+        (marks / f"{x}-{time.monotonic_ns()}").touch()
+        return x
+
+    backend = ModalBackend(IMAGE, volumes={path: volume})
+    pipeline = Pipeline([mark], backend=backend, cache=DiskCache(f"{path}/cache"))
+    for _ in range(2):
+        assert (await pipeline.amap({"x": range(5)}, "x"))["marked"] == list(range(5))
+    assert len(list(marks.iterdir())) == 5
+    assert plane.calls["VolumeCommit"] + plane.container_calls["VolumeCommit"] >= 1
+
+
+class TestSeam:
+    """The payload and the reply, without Modal."""
+
+    async def test_another_python_is_refused_before_anything_is_unpickled(self, anyio_backend):
+        """A header is checked first: unpickling another Python's functions may crash."""
+        payload = packed("job", object).replace(
+            f'"python": "{sys.version_info.major}.{sys.version_info.minor}"'.encode(), b'"python": "3.99"'
+        )
+        kind, error, _ = unpacked(await run_payload(payload))
+        assert kind == "raised"
+        assert "3.99" in error[1]
+
+    async def test_something_else_is_refused(self, anyio_backend):
+        """What is no message of ours is not unpickled."""
+        kind, error, _ = unpacked(await run_payload(b"cos\nsystem\n(S'true'\ntR."))
+        assert kind == "raised"
+        assert "not a message" in error[1]
+
+    async def test_a_new_place_is_a_page_of_code(self, anyio_backend):
+        """A subclass that hands bytes to run_payload is a backend."""
+
+        class Echo(RemoteBackend):
+            async def submit(self, payload, job, receive):
+                return await run_payload(payload)
+
+        pipeline = Pipeline([clean], backend=Echo())
+        assert await pipeline.arun(text=" a ") == {"cleaned": "a"}
+        assert (await pipeline.amap({"text": [" a ", "b"]}, "text"))["cleaned"] == ["a", "b"]
+
+
+def test_without_the_client(tmp_path):
+    """Without modal installed everything else works, and ModalBackend says what to install."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            sys.modules["modal"] = None
+            from hypernodes import Pipeline, node
+            print(Pipeline([node("y")(lambda x: x + 1)]).run(x=1))
+            from hypernodes.backend import ModalBackend
+            try:
+                ModalBackend()
+            except Exception as error:
+                print(type(error).__name__, error)
+            """
+        )
+    )
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[0] == "{'y': 2}"
+    assert 'pip install "hypernodes[modal]"' in said
