@@ -246,7 +246,7 @@ class TestFailures:
 
 
 class TestCancelling:
-    async def test_leaving_the_app(self, plane, client, tmp_path):
+    async def test_leaving_the_app(self, plane, client, no_leaks, tmp_path):
         """Cancelling the task that is inside `app.run` disconnects the app: the container is interrupted and ends."""
         app, waits = one_app("waits")
 
@@ -473,7 +473,9 @@ class TestOtherProcesses:
         with pytest.raises(modal.exception.NotFoundError, match="'other'"):
             await modal.Function.from_name("service", "other").hydrate.aio()
         assert len(plane.containers) == 1
-        self.run(plane, "modal.App.lookup('service').stop()")
+        modal_command = "import runpy; runpy.run_module('modal', run_name='__main__')"
+        done = plane.run_script(modal_command, "app", "stop", "service", "--yes")
+        assert done.returncode == 0, done.stderr
         await plane.until(lambda: not plane.containers)
 
     async def test_spawned(self, plane, client):
