@@ -163,18 +163,19 @@ async def _call(
         return
 
     async def compute() -> Any:
-        await load(scope, trace, slots, index, run_step)
+        if trace.unloaded(slots):
+            await load(scope, trace, slots, index, run_step)
         began = perf_counter()
         await run_step(scope, step, trace, index)
         seconds = perf_counter() - began
         made = step.made(trace)
         size = await session.save(code, key, made, seconds, trace.input_digests(position))
-        path = (*scope.at(index), step.name)
         if size is None:
             if scope.wants(ev.NodeUncacheable):
-                reason = session.reason(step.node)
+                path, reason = (*scope.at(index), step.name), session.reason(step.node)
                 scope.emit(ev.NodeUncacheable(scope.run.run_id, path, unix_time(), reason))  # type: ignore[misc]
         elif scope.wants(ev.NodeStored):
+            path = (*scope.at(index), step.name)
             scope.emit(ev.NodeStored(scope.run.run_id, path, unix_time(), key, size))  # type: ignore[misc]
         return made
 

@@ -26,6 +26,7 @@ from hypernodes.cache._envelope import Refused, seal, unseal
 from hypernodes.cache._flight import Flights
 from hypernodes.cache._guard import guard_of
 from hypernodes.cache._ledger import SHORT, History, Ledger, history_name, read_histories, write_histories
+from hypernodes.cache._store import size as bytes_in
 
 SMALL = 64 * 1024
 """Bytes under which entries are gathered and written together."""
@@ -227,7 +228,7 @@ class CacheSession:
             cost.measured(spent)
         if sealed is None:
             return None
-        size = sum(len(piece) if type(piece) is bytes else memoryview(piece).nbytes for piece in sealed)
+        size = sum(map(bytes_in, sealed))
         if size >= SMALL:
             with anyio.CancelScope(shield=True):
                 stored = await self._guard.set_many({key: sealed})
