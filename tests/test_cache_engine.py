@@ -337,6 +337,42 @@ async def test_the_outputs_of_a_tuple_node_are_one_entry_and_two_inputs(cache, r
     assert ran.take() == []
 
 
+async def test_the_outputs_of_a_tuple_node_are_different_inputs_of_one_function(cache):
+    """The same function called with one output and with the other is two calls."""
+
+    @node(("low", "high"))
+    async def split(x):
+        return [x], [x, x]
+
+    @node("size")
+    async def measure(items):
+        return len(items)
+
+    sizes = [
+        Pipeline([measure]).as_node({name: "items"}, {"size": f"{name}_size"}, name=name) for name in ("low", "high")
+    ]
+    pipeline = Pipeline([split, *sizes]).with_cache(cache)
+    for _ in range(2):
+        assert await pipeline.arun(x=1, output_name=["low_size", "high_size"]) == {"low_size": 1, "high_size": 2}
+
+
+async def test_lists_that_maps_have_made_count_by_the_order_of_their_items(cache):
+    """The same items in another order, or one of them twice, are another list for what follows."""
+
+    @node("letter")
+    async def upper(raw):
+        return raw.upper()
+
+    @node("word")
+    async def join(letters):
+        return "".join(letters)
+
+    every = Pipeline([upper]).as_node({"raws": "raw"}, {"letter": "letters"}, map_over="raws", name="every")
+    pipeline = Pipeline([every, join]).with_cache(cache)
+    for raws in ("abc", "cba", "abcc", "aabc", "ab", "", "abc"):
+        assert await pipeline.arun(raws=list(raws), output_name="word") == raws.upper()
+
+
 async def test_an_argument_is_an_input_by_its_name(cache, ran):
     """The same values under swapped names are another call."""
 

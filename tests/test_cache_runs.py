@@ -95,6 +95,20 @@ async def test_what_follows_a_map_with_failures_is_cached_by_what_failed(picky, 
     assert ran.take() == ["add", "double 1"]
 
 
+async def test_a_list_with_a_failed_item_is_not_the_list_without_that_item(picky, cache):
+    """The place of a failed item holds None, which is an item like others for what follows."""
+    pipeline, _ = picky
+
+    @node("count")
+    async def count(doubled):
+        return len(doubled)
+
+    every = pipeline.as_node(map_over="x", on_error="collect", name="every")
+    whole = Pipeline([every, count]).with_cache(cache)
+    for x in ([0, 1, 2], [0, 2], [0, 1, 2], [1, 0, 2]):
+        assert await whole.arun(x=x, output_name="count") == len(x)
+
+
 @pytest.mark.parametrize("way", ["map", "stream", "nested"])
 async def test_a_map_that_fails_keeps_its_successes(way, picky, cache, ran):
     """The first failure ends the map, and what was made before it is not made again."""
@@ -203,6 +217,47 @@ async def test_a_long_run_writes_as_it_goes_along(cache, ran):
                 await anyio.sleep(0.02)
         assert ran.take() == ["0", "1", "2"]
         go_on.set()
+
+
+class Slow:
+    """A store in memory that lets writing wait."""
+
+    def __init__(self):
+        self.entries = {}
+        self.writing, self.go_on = anyio.Event(), anyio.Event()
+
+    async def get_many(self, keys):
+        return {key: self.entries[key] for key in keys if key in self.entries}
+
+    async def set_many(self, entries):
+        self.writing.set()
+        await self.go_on.wait()
+        self.entries |= {
+            key: entry if isinstance(entry, bytes) else b"".join(map(bytes, entry)) for key, entry in entries.items()
+        }
+
+
+async def test_what_is_being_written_is_found(ran):
+    """While a store takes its time to write, other runs find what it has not written yet."""
+
+    @node("y")
+    async def work(x):
+        ran.note(x)
+        if x == 2:
+            await finish.wait()
+        return x
+
+    store, finish = Slow(), anyio.Event()
+    pipeline = Pipeline([work], backend=in_order).with_cache(store)
+    with anyio.fail_after(PATIENCE_S):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: pipeline.amap({"x": [1, 2]}, "x"))
+            await store.writing.wait()
+            tasks.start_soon(lambda: pipeline.amap({"x": [1, 1]}, "x"))
+            await anyio.sleep(0.1)
+            store.go_on.set()
+            finish.set()
+    assert ran.take() == ["1", "2"]
 
 
 # ---- single-flight

@@ -115,6 +115,20 @@ async def test_a_new_version_is_named(cache, ran):
         assert told(explained) == {"score": ("miss", "version version")}
 
 
+async def test_of_several_earlier_states_the_nearest_is_compared(cache, ran):
+    """What changed is told with respect to the earlier code that is most like today's, not to the last one."""
+
+    def made(version, salt):
+        return scorer(ran, version=version, depends_on=[salt]).with_cache(cache)
+
+    for version, salt in [("1", 1), ("2", 2), ("3", 3)]:
+        await made(version, salt).arun(query="a", doc="b")
+    explained = await made("1", 9).explain(query="a", doc="b")
+    assert told(explained) == {"score": ("miss", "depends_on depends_on[0]")}
+    explained = await made("9", 2).explain(query="a", doc="b")
+    assert told(explained) == {"score": ("miss", "version version")}
+
+
 async def test_a_changed_file_is_named(cache, ran, tmp_path):
     """Of what a node depends on, that which has changed is named: a file, a folder, a value."""
     (tmp_path / "folder").mkdir()
