@@ -9,14 +9,14 @@ plane, client = loopback.plane, loopback.client  # pytest finds fixtures among a
 @pytest.mark.asyncio
 async def test_one_call(plane, client):
     app = modal.App("one")
-    function = app.function(image=modal.Image.debian_slim())(loopback.job("echo"))
-    async with app.run.aio(client=client):
-        assert await function.remote.aio(b"abc") == b"abc"
+    echo = app.function(image=modal.Image.debian_slim())(loopback.job("echo"))
+    async with app.run.aio():
+        assert await echo.remote.aio(b"abc") == b"abc"
     assert plane.calls["FunctionMap"] == 1
 ```
 """
 
-from tests.loopback.fixtures import client, job, load, plane
+from tests.loopback.fixtures import client, job, load, nothing_left, one_app, plane
 from tests.loopback.plane import Plane
 
-__all__ = ["Plane", "client", "job", "load", "plane"]
+__all__ = ["Plane", "client", "job", "load", "nothing_left", "one_app", "plane"]

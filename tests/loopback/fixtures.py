@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 # Modal's client reads the file of the account when it is imported, so this comes before it.
@@ -21,7 +23,7 @@ import modal
 import modal.runner
 
 from tests.loopback._mounts import Store
-from tests.loopback.plane import CREDENTIALS, Plane
+from tests.loopback.plane import Plane
 
 THREADS = 4
 
@@ -61,6 +63,16 @@ def client(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> Iterator[modal.Clie
     modal._environments.ENVIRONMENT_CACHE.clear()
 
 
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No process, listening socket or link to a volume outlives a plane: for all tests of a module that has this."""
+    yield
+    assert psutil.Process().children(recursive=True) == []
+    listening = [one for one in psutil.Process().net_connections(kind="inet") if one.status == psutil.CONN_LISTEN]
+    assert listening == []
+    assert [path for path in Path(tempfile.gettempdir()).glob("loopback-*") if path.is_symlink()] == []
+
+
 @functools.cache
 def _start_threads() -> None:
     """Start the threads that Modal's event loop keeps for good, so that `no_leaks` has seen them (ask for it last)."""
@@ -77,6 +89,12 @@ def job(name: str) -> Callable[..., Any]:
     return getattr(load(HERE / "loopback_jobs.py"), name)
 
 
+def one_app(name: str, **options: Any) -> tuple[modal.App, modal.Function]:
+    """A fresh app with one function of `loopback_jobs.py`."""
+    app = modal.App("one")
+    return app, app.function(**{"image": modal.Image.debian_slim(), **options})(job(name))
+
+
 def load(path: Path) -> ModuleType:
     """Import a file as a module at the top, once."""
     if path.stem not in sys.modules:
@@ -85,6 +103,3 @@ def load(path: Path) -> ModuleType:
         sys.modules[path.stem] = module
         spec.loader.exec_module(module)
     return sys.modules[path.stem]
-
-
-__all__ = ["CREDENTIALS", "client", "job", "load", "plane"]
