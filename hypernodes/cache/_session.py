@@ -30,6 +30,7 @@ from hypernodes.cache._store import size as bytes_in
 
 SMALL = 64 * 1024
 """Bytes under which entries are gathered and written together."""
+_NUMBERS = frozenset({int, float, complex, bool, type(None)})
 _log = logging.getLogger("hypernodes")
 _FLIGHTS = Flights()
 
@@ -217,9 +218,11 @@ class CacheSession:
         """Store what a call made; return its size in bytes, or None when it cannot be stored."""
         # What a function has made is kept, also when the run is cancelled by now.
         cost = code.saving
-        if cost.inline:
+        if cost.inline or _is_small(value):
             sealed, spent = self._sealed(code, key, value, seconds)
-            if spent > CHEAP_S:
+            if not cost.inline:
+                cost.measured(spent)
+            elif spent > CHEAP_S:
                 cost.doubted(spent, time.perf_counter())
         else:
             call = partial(self._sealed, code, key, value, seconds)
@@ -323,6 +326,12 @@ class CacheSession:
         self._warned.add(about)
         _log.warning("%s", message)
         return True
+
+
+def _is_small(value: Any) -> bool:
+    """Say whether a value is surely pickled in no time; of others that has to be measured."""
+    kind = type(value)
+    return kind in _NUMBERS or (kind in (str, bytes) and len(value) < SMALL)
 
 
 def _place(func: Any) -> str:
