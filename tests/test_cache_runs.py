@@ -260,6 +260,31 @@ async def test_what_is_being_written_is_found(ran):
     assert ran.take() == ["1", "2"]
 
 
+async def test_a_large_result_that_is_being_written_is_kept_when_the_run_is_cancelled():
+    """Cancelling waits for a write that has begun: what was computed is not lost."""
+
+    @node("y")
+    async def work(x):
+        return bytes(100_000)
+
+    store, running = Slow(), anyio.CancelScope()
+    pipeline = Pipeline([work]).with_cache(store)
+
+    async def run():
+        with running:
+            await pipeline.arun(x=1)
+
+    with anyio.fail_after(PATIENCE_S):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+            await store.writing.wait()
+            running.cancel()
+            await anyio.sleep(0.02)
+            store.go_on.set()
+    assert running.cancelled_caught
+    assert (await pipeline.explain(x=1)).hits == 1
+
+
 # ---- single-flight
 
 
