@@ -158,7 +158,7 @@ class Containers:
         return found("Task", caller.task_id, next((one for one in self.alive if one.id == caller.task_id), None))
 
     async def ContainerHello(self, request: Empty, caller: Caller) -> Empty:
-        self._of_task(caller).ready = True
+        self._of_task(caller)
         return Empty()
 
     async def ContainerHeartbeat(

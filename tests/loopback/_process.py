@@ -54,7 +54,6 @@ class Container:
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
     taken: int = 0
-    ready: bool = False
     stopping: bool = False
     draining: bool = False
     failure: api_pb2.GenericResult | None = None

@@ -11,8 +11,6 @@ from modal_proto import api_pb2
 
 T = TypeVar("T")
 
-FINISHED_WELL = api_pb2.GenericResult.GENERIC_STATUS_SUCCESS
-
 
 @dataclass(frozen=True)
 class Caller:
