@@ -105,8 +105,8 @@ async def look_up(traces: Iterable[Trace], *, wanted: bool = False) -> None:
         if now - began > CHEAP_S:
             cost.doubted(now - began, now)
     else:
-        asked, seconds = await in_thread(lambda: _predicted(traces), default_threads())
-        cost.measured(seconds / len(traces))
+        asked, spent = await in_thread(lambda: _predicted(traces), default_threads())
+        cost.measured(spent.seconds / len(traces))
     there = await session.find(asked, fetch=wanted) if asked else set()
     for trace in traces:
         trace.found(there)

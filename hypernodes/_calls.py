@@ -17,7 +17,7 @@ from hypernodes._feed import END
 from hypernodes._mapping import Path
 from hypernodes._program import BoundCall
 from hypernodes._run import Bound, Scope, held
-from hypernodes._threads import given_up, in_thread
+from hypernodes._threads import Spent, given_up, in_thread
 from hypernodes.errors import NodeTimeoutError, OutputMismatchError
 
 _UNSET: Any = object()
@@ -94,11 +94,11 @@ async def _placed(
         return await _collect(scope, step, arguments, keywords, index, deadline)
     if step.cost.inline:
         return await _inline(step, arguments, keywords)
-    result, seconds = await _in_thread(scope, step, lambda: step.func(*arguments, **keywords), deadline)
+    result, spent = await _in_thread(scope, step, lambda: step.func(*arguments, **keywords), deadline)
     if isinstance(result, Awaitable):
         # A sync function that hands out a coroutine, such as a decorated async one: finish it here.
         return await result
-    step.cost.measured(seconds)
+    step.cost.measured(*spent)
     return result
 
 
@@ -119,8 +119,8 @@ async def _inline(step: BoundCall, arguments: tuple[Any, ...], keywords: dict[st
 
 async def _in_thread(
     scope: Scope, step: BoundCall, call: Callable[[], Any], deadline: anyio.CancelScope | None
-) -> tuple[Any, float]:
-    """Call in a worker thread; return the result and the seconds it took there."""
+) -> tuple[Any, Spent]:
+    """Call in a worker thread; return the result and what it took there."""
 
     def leave() -> bool:
         if scope.run.leave_thread():
@@ -137,7 +137,12 @@ async def _in_thread(
         )
         return True
 
-    return await in_thread(call, scope.run.threads(scope.engine.max_workers), leave)
+    threads = scope.run.threads(scope.engine.max_workers)
+    lanes = step.cost.lanes
+    if lanes is None:
+        return await in_thread(call, threads, leave)
+    async with scope.run.lanes(step.cost, lanes):
+        return await in_thread(call, threads, leave)
 
 
 async def _collect(
@@ -176,8 +181,8 @@ async def _collect(
             if wanted:
                 run_sync(_tell_chunk, scope, step, index, piece)
 
-    _, seconds = await _in_thread(scope, step, read, deadline)
-    step.cost.measured(seconds)
+    _, spent = await _in_thread(scope, step, read, deadline)
+    step.cost.measured(*spent)
     return pieces
 
 

@@ -97,8 +97,8 @@ class _SyncColumn:
             if now - began > CHEAP_S:
                 cost.doubted(now - began, now)
             return value
-        value, seconds = await in_thread(lambda: next(self._iterator, END), default_threads())
-        cost.measured(seconds)
+        value, spent = await in_thread(lambda: next(self._iterator, END), default_threads())
+        cost.measured(*spent)
         return value
 
     async def aclose(self) -> None:

@@ -205,7 +205,7 @@ def node(output_name: Any, **options: Any) -> Any:  # noqa: D417 - the options a
         output_name: the name of what it returns, or a tuple of names for a function that returns a tuple
             of that length.
         run_in: where a sync function runs: ``"loop"``, ``"thread"``, ``"process"``, or ``"auto"``: in a
-            worker thread until it has proved cheap (under 50 microseconds), then on the event loop, and
+            worker thread until it has proved cheap (under 100 microseconds), then on the event loop, and
             back in a thread as soon as it is slow.
         max_concurrency: how many calls of this node may run at once within one run, over all items.
         limit: the name of a bound shared with other nodes, set by ``Pipeline(limits={name: count})``.

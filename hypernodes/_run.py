@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import anyio
 from anyio.lowlevel import checkpoint
 
+from hypernodes._cost import Cost
 from hypernodes._crew import Crew
 from hypernodes._feed import Feed
 from hypernodes._mapping import ItemFailure, MapSpec, Path
@@ -172,6 +173,7 @@ class Run:
 
     __slots__ = (
         "_bounds",
+        "_lanes",
         "_nested",
         "_own_workers",
         "_threads",
@@ -196,6 +198,7 @@ class Run:
         """Errors on their way out, by identity, with the path of the node where each began."""
         self.yield_at = time.perf_counter() + SLICE_S
         self._bounds: dict[BoundKey, Bound] = {}
+        self._lanes: dict[Cost, anyio.Semaphore] = {}
         self._threads: dict[int, anyio.CapacityLimiter] = {}
         self._workers: dict[Place, Workers] = {}
         self._own_workers: list[Workers] = []
@@ -223,6 +226,13 @@ class Run:
                 limiter = self._threads[max_workers] = anyio.CapacityLimiter(max_workers)
             return limiter
         return default_threads()
+
+    def lanes(self, cost: Cost, count: int) -> anyio.Semaphore:
+        """Return what keeps a function that computes from running in more threads than help it."""
+        lanes = self._lanes.get(cost)
+        if lanes is None:
+            lanes = self._lanes[cost] = anyio.Semaphore(count or cpu_count(), fast_acquire=True)
+        return lanes
 
     def workers(self, place: Place) -> Workers:
         """Return the worker processes of a backend in this run."""

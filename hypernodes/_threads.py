@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import anyio
 from anyio.lowlevel import RunVar
@@ -42,8 +42,8 @@ def default_threads() -> anyio.CapacityLimiter:
 
 async def in_thread(
     call: Callable[[], Any], limiter: anyio.CapacityLimiter, leave: Callable[[], bool] = lambda: False
-) -> tuple[Any, float]:
-    """Call in a worker thread; return the result and the seconds it took there.
+) -> tuple[Any, Spent]:
+    """Call in a worker thread; return the result and what it took there.
 
     When cancelled it waits for the thread, which Python cannot stop, unless ``leave`` says to let it run on.
     """
@@ -63,6 +63,13 @@ async def in_thread(
         thread_call.reset(token)
 
 
+class Spent(NamedTuple):
+    """What a call took in its thread: seconds by the clock, and of the CPU."""
+
+    seconds: float
+    cpu_s: float
+
+
 class ThreadCall:
     """A call in a worker thread that its awaiter can take back, or wait for, when it is cancelled."""
 
@@ -74,16 +81,16 @@ class ThreadCall:
         self._state: Literal["waiting", "running", "ended"] = "waiting"
         self.given_up = False
 
-    def run(self) -> tuple[Any, float]:
-        """Call, in the thread; return the result and the seconds it took."""
+    def run(self) -> tuple[Any, Spent]:
+        """Call, in the thread; return the result and what it took."""
         with self._lock:
             if self.given_up:
-                return None, 0.0
+                return None, Spent(0.0, 0.0)
             self._state = "running"
-        began = time.perf_counter()
+        began, computing = time.perf_counter(), time.thread_time()
         try:
             result = self._call()
-            return result, time.perf_counter() - began
+            return result, Spent(time.perf_counter() - began, time.thread_time() - computing)
         finally:
             self._state = "ended"
 

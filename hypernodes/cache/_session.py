@@ -191,8 +191,8 @@ class CacheSession:
             if now - began > CHEAP_S:
                 cost.doubted(now - began, now)
         else:
-            (values, refused), seconds = await in_thread(lambda: self._opened(sealed), default_threads())
-            cost.measured(seconds / max(len(sealed), 1))
+            (values, refused), spent = await in_thread(lambda: self._opened(sealed), default_threads())
+            cost.measured(spent.seconds / max(len(sealed), 1))
         for key in missing:
             if key not in sealed:
                 refused[key] = "it is no longer there"
