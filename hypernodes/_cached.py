@@ -17,7 +17,8 @@ from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, BoundStep, Program
 from hypernodes._run import MapWork, Origin, Scope
 from hypernodes._threads import default_threads, in_thread
-from hypernodes._trace import BY_VALUE, Recipe, Trace, cached_nodes
+from hypernodes._trace import BY_VALUE, Recipe, Trace
+from hypernodes._whole_map import keep_map, map_key, recall_map
 from hypernodes.errors import CacheError
 from hypernodes.events import NotLoaded
 
@@ -49,9 +50,7 @@ async def trace_for(
         if outer.recipe.tracer is tracer and step.inner_map is None:
             return outer.child(step)
         known = {name: outer.digests[slot] for name, slot in step.shared}
-    if program not in tracer.learned:
-        await tracer.session.learn(cached_nodes(program, tracer.session.store))
-        tracer.learned.add(program)
+    await tracer.learn(program)
     recipe = outer.recipe.inside(step, tracer) if isinstance(outer, Trace) and step else tracer.recipe(program)
     # What another cache has cannot be loaded from the one around it.
     eager = not (isinstance(outer, Trace) and outer.recipe.tracer is tracer)
@@ -122,8 +121,13 @@ async def cached_step(scope: Scope, trace: Trace, position: int, index: int | No
     if trace.hits[position]:
         _recall(scope, trace, position, index)
     elif isinstance(step, BoundPlan):
+        whole = None if index is not None else await map_key(scope, trace, step)
+        if whole is not None and await recall_map(scope, trace, step, whole, index):
+            return
         await load(scope, trace, _needed_at_once(scope, trace, step), index, run_step)
         await run_step(scope, step, trace, index)
+        if whole is not None:
+            await keep_map(trace, step, whole)
     else:
         await _call(scope, trace, step, position, index, run_step)
 

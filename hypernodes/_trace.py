@@ -103,6 +103,12 @@ class Tracer:
         """Programs whose functions have been fingerprinted."""
         self._recipes: dict[tuple[Program, frozenset[str], frozenset[str]], Recipe] = {}
 
+    async def learn(self, program: Program) -> None:
+        """Fingerprint the functions of a program, once in a run."""
+        if program not in self.learned:
+            await self.session.learn(cached_nodes(program, self.session.store))
+            self.learned.add(program)
+
     def recipe(
         self, program: Program, given: frozenset[str] = frozenset(), asked: frozenset[str] | None = None
     ) -> Recipe:

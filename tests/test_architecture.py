@@ -30,7 +30,7 @@ ROOMS = [
     ["cache"],
     ["_trace"],
     ["_run"],
-    ["_calls", "_map_run"],
+    ["_calls", "_map_run", "_whole_map"],
     ["_cached"],
     ["_engine"],
     ["_explain"],

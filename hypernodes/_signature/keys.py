@@ -7,6 +7,7 @@ from hashlib import sha256
 
 from hypernodes._signature.values import ALGORITHM
 
+DIGEST_SIZE = 32
 Digest = bytes
 """32 bytes that stand for a value, or for the call that makes it."""
 
