@@ -171,7 +171,7 @@ async def _call(
             await load(scope, trace, slots, index, run_step)
         began = perf_counter()
         await run_step(scope, step, trace, index)
-        seconds = perf_counter() - began
+        seconds = code.clock.share(began)
         made = step.made(trace)
         size = await session.save(code, key, made, seconds, trace.input_digests(position))
         if size is None:

@@ -14,7 +14,7 @@ from hypernodes._mapping import listed_rows
 from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, Program, bind
 from hypernodes._run import Job, Run, Scope
-from hypernodes._trace import BY_VALUE, Listed, Trace
+from hypernodes._trace import BY_VALUE, UNNEEDED, Listed, Trace
 from hypernodes.cache._ledger import SHORT, CodeRecord, History
 from hypernodes.events import NotLoaded
 
@@ -109,6 +109,10 @@ class _Teller:
         known = None if code is None else self._histories.get(code.history)
         seconds = None if known is None else known.seconds
         opaque = () if code is None else code.fingerprint.opaque
+        if trace.hits[position] is UNNEEDED:
+            trace.recall(position)
+            self.told.append(NodeExplanation(path, "unneeded", (Reason("unneeded"),), seconds, opaque))
+            return
         if trace.hits[position]:
             trace.recall(position)
             self.told.append(NodeExplanation(path, "hit", opaque=opaque))

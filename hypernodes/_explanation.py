@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from hypernodes._mapping import Path
 from hypernodes.events import format_path
 
-Status = Literal["hit", "miss", "uncached", "unknown"]
+Status = Literal["hit", "miss", "uncached", "unneeded", "unknown"]
 Why = Literal[
     "new",
     "code",
@@ -21,6 +21,7 @@ Why = Literal[
     "upstream",
     "gone",
     "refresh",
+    "unneeded",
     "not cached",
     "uncacheable",
     "unknown",
@@ -46,6 +47,7 @@ _TEXTS: dict[str, str] = {
     "upstream": "input {!r} will be computed anew",
     "gone": "it was stored once, and is no longer there",
     "refresh": "it is to be recomputed",
+    "unneeded": "it is not there, and nothing that runs needs it",
     "not cached": "{}",
     "uncacheable": "{}",
     "unknown": "it depends on {!r}, which is known once it has been computed",
@@ -57,8 +59,8 @@ class NodeExplanation(NamedTuple):
 
     path: Path
     status: Status
-    """``"hit"``: not run; ``"miss"``: run and stored; ``"uncached"``: run and not stored; ``"unknown"``: that depends
-    on a value which is known only once it has been computed."""
+    """``"hit"``: not run; ``"miss"``: run and stored; ``"uncached"``: run and not stored; ``"unneeded"``: not run, as
+    nothing that runs needs it; ``"unknown"``: that depends on a value which is known only once it has been computed."""
     reasons: tuple[Reason, ...] = ()
     seconds: float | None = None
     """How long such a call took before, on average."""
@@ -96,7 +98,7 @@ class Explanation:
     @property
     def seconds(self) -> float:
         """Seconds that the calls which would run took before, as far as that is known; one after another."""
-        return sum(each.seconds or 0.0 for each in self.nodes if each.status != "hit")
+        return sum(each.seconds or 0.0 for each in self.nodes if each.status not in ("hit", "unneeded"))
 
     def __getitem__(self, name: str) -> NodeExplanation:
         """Return what is said of the first node of this name, whatever pipeline it is in."""
@@ -122,7 +124,7 @@ class Explanation:
             opaque = sorted({name for each in members for name in each.opaque})
             if opaque:
                 listed.append(f"not looked into: {', '.join(opaque)}")
-            seconds = sum(each.seconds or 0.0 for each in members if each.status != "hit")
+            seconds = sum(each.seconds or 0.0 for each in members if each.status not in ("hit", "unneeded"))
             rows.append((format_path(path), states, _duration(seconds), "; ".join(listed)))
         return rows
 
@@ -150,7 +152,7 @@ class Explanation:
         return f"<div>{html.escape(self._summary())}</div>{table}"
 
 
-_STATUSES: tuple[Status, ...] = ("hit", "miss", "uncached", "unknown")
+_STATUSES: tuple[Status, ...] = ("hit", "miss", "uncached", "unneeded", "unknown")
 _MOST_REASONS = 3
 
 

@@ -36,6 +36,16 @@ FAILED: Digest = hash_value(None)
 """The digest of an item of a map that has failed: its position holds None."""
 
 
+class Unneeded(Enum):
+    """In place of a hit."""
+
+    UNNEEDED = True
+    """It is not in the cache, and nothing that has to run needs it."""
+
+
+UNNEEDED = Unneeded.UNNEEDED
+
+
 class Listed:
     """The digest of a list that a mapped pipeline has made: those of its items, and the list itself."""
 
@@ -196,7 +206,7 @@ class Trace(list[Any]):
         count = len(recipe.codes)
         self.keys: list[str | None] = [None] * count
         """For each step that is a call, the key of its entry, where it is known."""
-        self.hits: list[bool | None] = [None] * count
+        self.hits: list[bool | Unneeded | None] = [None] * count
         """For each step whether it is in the cache (a nested pipeline: all of it); None where it is not known."""
         self.children: dict[BoundPlan, Trace] = {}
         """Of nested pipelines that are not mapped."""
@@ -291,6 +301,22 @@ class Trace(list[Any]):
                 if child is not None:
                     child.found(there)
                     hits[position] = child.complete
+        if False in hits:
+            self._drop_unneeded()
+
+    def _drop_unneeded(self) -> None:
+        """Find the steps that are not in the cache, and whose results nothing needs that has to run."""
+        program, hits = self.recipe.program, self.hits
+        needed = {slot for _, slot in program.outputs}
+        for position in range(len(hits) - 1, -1, -1):
+            step = program.steps[position]
+            if hits[position]:
+                continue
+            unneeded = needed.isdisjoint(step.targets) and not self.recipe.refresh[position]
+            if unneeded and hits[position] is False and isinstance(step, BoundCall):
+                hits[position] = UNNEEDED
+            else:
+                needed.update(slot for _, slot in step.parameters)
 
     def forget(self, refused: Mapping[str, str]) -> None:
         """Note that entries cannot be used after all."""
@@ -332,6 +358,8 @@ class Trace(list[Any]):
 
     def signatures(self, position: int) -> Iterator[tuple[tuple[str, ...], str]]:
         """Iterate over a step that is in the cache and what is inside: the names that lead there, and the key."""
+        if self.hits[position] is UNNEEDED:
+            return
         step = self.recipe.program.steps[position]
         child = self.children.get(step)  # type: ignore[arg-type]
         if child is None:

@@ -182,3 +182,48 @@ class Memory:
     async def set_many(self, entries):
         for key, value in entries.items():
             self.entries[key] = value if isinstance(value, bytes) else b"".join(value)
+
+
+async def test_what_is_gone_and_not_needed_is_not_computed(tmp_path):
+    """Of a chain whose end is in the cache alone, nothing is run; nor if something else beside it has to run."""
+    ran = []
+
+    @node("a")
+    def first(x):
+        ran.append("first")
+        return x + 1
+
+    @node("b")
+    def second(a):
+        ran.append("second")
+        return a + 1
+
+    @node("c")
+    def third(b):
+        ran.append("third")
+        return b + 1
+
+    @node("d")
+    def fourth(c, y):
+        ran.append("fourth")
+        return c + y
+
+    store = Memory()
+    pipeline = Pipeline([first, second, third, fourth], cache=store)
+    assert await pipeline.arun(x=1, y=1, output_name="d") == 5
+    for value in (2, 3):
+        key = next(key for key, entry in store.entries.items() if entry.endswith(pickle.dumps(value, protocol=5)))
+        del store.entries[key]
+    ran.clear()
+    explained = await pipeline.explain(x=1, y=2, output_name="d")
+    assert {each.path[-1]: each.status for each in explained} == {
+        "first": "unneeded",
+        "second": "unneeded",
+        "third": "hit",
+        "fourth": "miss",
+    }
+    assert await pipeline.arun(x=1, y=2, output_name="d") == 6
+    assert ran == ["fourth"]
+    # Asked for, it is computed.
+    assert await pipeline.arun(x=1, y=2) == {"a": 2, "b": 3, "c": 4, "d": 6}
+    assert ran == ["fourth", "first", "second"]

@@ -37,6 +37,22 @@ _log = logging.getLogger("hypernodes")
 _FLIGHTS = Flights()
 
 
+class Clock:
+    """What the calls of one function take: of those that overlap each has its share, so that the sum is right."""
+
+    __slots__ = ("_ended",)
+
+    def __init__(self) -> None:
+        self._ended = 0.0
+
+    def share(self, began: float) -> float:
+        """Return the seconds of a call that began at a time of :func:`time.perf_counter` and ends now."""
+        now = time.perf_counter()
+        seconds = now - max(began, self._ended)
+        self._ended = now
+        return seconds
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Code:
     """What is known of a node's function in one run: the part of its signatures that no input changes."""
@@ -52,6 +68,8 @@ class Code:
     """The name of the node's history in a store."""
     saving: Cost
     """Whether its results are pickled on the loop or in a thread."""
+    clock: Clock
+    """What its calls take."""
     about: bytes
     """The part of its entries' meta blocks that is the same in all of them."""
 
@@ -131,7 +149,7 @@ class CacheSession:
         prefix = call_prefix(print_.digest, names, salts)
         history = history_name(_place(node.func), node.outputs)
         about = b'{"node": %s, "at": ' % json.dumps(node.name).encode()
-        return Code(node, prefix, names, print_, parts, history, Cost(), about)
+        return Code(node, prefix, names, print_, parts, history, Cost(), Clock(), about)
 
     # ---- entries
 
