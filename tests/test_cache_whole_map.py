@@ -1,6 +1,7 @@
 """A nested map whose inputs are known by their digests is answered as a whole: its rows are not even loaded."""
 
 import pickle
+from typing import ClassVar
 
 import anyio
 import pytest
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.anyio
 class Text:
     """A text that notes when it is unpickled."""
 
-    loaded = []
+    loaded: ClassVar[list[str]] = []
 
     def __init__(self, text):
         self.text = text
