@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from hypernodes import (
+    CacheError,
     DefinitionError,
     DiskCache,
     Pipeline,
@@ -472,6 +473,41 @@ class TestSeam:
         pipeline = Pipeline([clean], backend=Echo())
         assert await pipeline.arun(text=" a ") == {"cleaned": "a"}
         assert (await pipeline.amap({"text": [" a ", "b"]}, "text"))["cleaned"] == ["a", "b"]
+
+    async def test_a_caches_key_stays_where_it_is(self, anyio_backend, tmp_path, monkeypatch):
+        """No payload holds the key that results are signed with; the container signs with the one it was given."""
+        key = b"what nobody else may know"
+        payloads = []
+
+        class Listening(RemoteBackend):
+            async def submit(self, payload, job, receive):
+                payloads.append(payload)
+                return await run_payload(payload)
+
+        cache = DiskCache(tmp_path / "cache", key=key)
+        inside = Pipeline([measure], name="inside", cache=DiskCache(tmp_path / "inside", key=key))
+        pipeline = Pipeline([clean, inside], cache=cache, backend=Listening())
+        monkeypatch.setenv("HYPERNODES_CACHE_KEY", key.decode())
+        assert (await pipeline.arun(text=" a "))["size"] == 1
+        assert (await pipeline.amap({"text": [" a "]}, "text"))["size"] == [1]
+        assert len(payloads) == 2
+        assert all(key not in payload for payload in payloads)
+        assert cache.stats().entries > 0
+        assert not cache.verify().findings
+
+    async def test_a_container_without_the_key(self, anyio_backend, tmp_path, monkeypatch):
+        """It says how to give it one; results that nobody signs need none."""
+
+        class Bare(RemoteBackend):
+            async def submit(self, payload, job, receive):
+                monkeypatch.delenv("HYPERNODES_CACHE_KEY", raising=False)
+                return await run_payload(payload)
+
+        pipeline = Pipeline([clean], backend=Bare())
+        with pytest.raises(CacheError, match=r"secrets=\[modal\.Secret\.from_dict\(\{\"HYPERNODES_CACHE_KEY\""):
+            await pipeline.with_cache(DiskCache(tmp_path / "signed", key="secret")).arun(text=" a ")
+        monkeypatch.delenv("HYPERNODES_CACHE_KEY", raising=False)
+        assert await pipeline.with_cache(DiskCache(tmp_path / "unsigned")).arun(text=" a ") == {"cleaned": "a"}
 
 
 def test_without_the_client(tmp_path):

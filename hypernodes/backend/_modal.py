@@ -45,7 +45,9 @@ class ModalBackend(RemoteBackend):
         timeout: seconds that one call may take, at most a day.
         volumes: ``modal.Volume`` by the absolute path where each is mounted. One that holds the run's
             :class:`~hypernodes.DiskCache` is reloaded before the run and committed after it.
-        secrets: ``modal.Secret`` to be set as environment variables.
+        secrets: ``modal.Secret`` to be set as environment variables. The key of a :class:`~hypernodes.DiskCache` never
+            travels with a run: where results are signed, give it to the container as a secret,
+            ``modal.Secret.from_dict({"HYPERNODES_CACHE_KEY": ...})`` or ``modal.Secret.from_name(...)``.
         node_execution: as for :class:`PipelineExecutionEngine`, which runs in the container.
         map_execution: likewise.
         max_workers: likewise.

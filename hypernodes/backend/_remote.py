@@ -7,6 +7,7 @@ one Python's functions may crash another.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import sys
@@ -29,7 +30,8 @@ from hypernodes._version import __version__
 from hypernodes.backend._base import Backend
 from hypernodes.backend._local import LocalBackend
 from hypernodes.backend._wire import Parts, dump_error, find_unpicklable, load_error, loads, with_error
-from hypernodes.errors import RemoteExecutionError, SerializationError
+from hypernodes.cache._disk import KEY_VARIABLE, DiskCache
+from hypernodes.errors import CacheError, RemoteExecutionError, SerializationError
 from hypernodes.events import Emit, Emitter, Event
 
 MAGIC = b"hypernodes"
@@ -132,6 +134,7 @@ async def pack_job(job: Job, place: RemoteBackend, kinds: frozenset[type]) -> by
         "limits": {name: _tokens(bound) for name, bound in (job.limits or {}).items()},
         "cache": cache,
         "refresh": job.refresh,
+        "given": job.given,
         "engine": place.engine,
         "kinds": kinds,
     }
@@ -163,6 +166,8 @@ async def run_payload(payload: bytes, post: Post | None = None) -> bytes:
     try:
         _, described = unpacked(payload)
     except RemoteExecutionError as error:
+        return packed("raised", dump_error(error, None), [])
+    except CacheError as error:
         return packed("raised", dump_error(error, None), [])
     except Exception as error:  # noqa: BLE001 - unpickling runs the user's code
         return packed("raised", dump_error(_unreadable(error), None), [])
@@ -200,6 +205,7 @@ async def _run(described: Mapping[str, Any], run: Run) -> Any:
         limits={name: anyio.CapacityLimiter(count) for name, count in described["limits"].items()},
         cache=described["cache"],
         refresh=described["refresh"],
+        given=described["given"],
         run=run,
     )
     try:
@@ -257,9 +263,9 @@ class Outbox(Emitter):
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
-    """Pickles what a GPU holds such that a machine without one can use it, wherever it hides.
+    """Pickles what a GPU holds such that a machine without one can use it, and caches without their keys.
 
-    ``place`` is the backend that the message goes to: pipelines inside that ask for it are there already.
+    Both wherever they hide. ``place`` is the backend that the message goes to: pipelines inside that ask for it are there already.
     """
 
     def __init__(self, file: BytesIO, buffers: list[pickle.PickleBuffer], place: Backend | None) -> None:
@@ -267,7 +273,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
         self._place = place
 
     def reducer_override(self, obj: Any) -> Any:
-        """Return how to rebuild an object; tensors come to the CPU."""
+        """Return how to rebuild an object; tensors come to the CPU, and the keys of caches stay here."""
         if isinstance(obj, RemoteBackend):
             if obj is self._place:
                 return _there_already, ()
@@ -275,6 +281,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
                 f"a pipeline inside of one that runs on {self._place!r} asks for {obj!r}: a container does not start "
                 f"others; let the pipeline around them run locally"
             )
+        if isinstance(obj, DiskCache):
+            restore, (kind, path, key, *rest) = obj.__reduce__()
+            return _cache_there, (restore, kind, path, key is not None, *rest)
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(obj, torch.Tensor) and obj.device.type not in ("cpu", "meta"):
             return obj.cpu().__reduce_ex__(5)
@@ -283,6 +292,20 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
 
 def _there_already() -> Inherit:
     return INHERIT
+
+
+def _cache_there(
+    restore: Callable[..., DiskCache], kind: type[DiskCache], path: str, signed: bool, *rest: Any
+) -> DiskCache:
+    """Open a cache on this machine, with the key that this machine has been given."""
+    key = os.environb.get(KEY_VARIABLE.encode()) or None
+    if signed and key is None:
+        raise CacheError(
+            f"the results in the cache at {path!r} are signed, and the other machine has no key: keys are not sent "
+            f"along. Give it the key as the environment variable {KEY_VARIABLE}: "
+            f'ModalBackend(secrets=[modal.Secret.from_dict({{"{KEY_VARIABLE}": ...}})]), or modal.Secret.from_name(...)'
+        )
+    return restore(kind, path, key if signed else None, *rest)
 
 
 def packed(kind: str, *message: Any, place: Backend | None = None) -> bytes:
