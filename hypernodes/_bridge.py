@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 T = TypeVar("T")
 
+blocking: ContextVar[bool] = ContextVar("hypernodes_blocking", default=False)
+"""Whether this code is called by sync code that holds an event loop meanwhile: what runs there stands still."""
 POLL_S = 0.02
 """Seconds between looks at whether the run around a sync node has been cancelled."""
 
@@ -50,8 +53,12 @@ def run_sync(call: Callable[[], Awaitable[R]]) -> R:
         return outcome[0]()
     from anyio.from_thread import start_blocking_portal
 
-    with start_blocking_portal() as portal:
-        return _call(portal, call)
+    token = blocking.set(True)
+    try:
+        with start_blocking_portal() as portal:
+            return _call(portal, call)
+    finally:
+        blocking.reset(token)
 
 
 class Iteration(Generic[T]):

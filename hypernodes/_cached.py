@@ -8,6 +8,8 @@ from time import perf_counter
 from time import time as unix_time
 from typing import Any
 
+import anyio
+
 from hypernodes import events as ev
 from hypernodes._cost import CHEAP_S
 from hypernodes._crew import Crew
@@ -15,7 +17,7 @@ from hypernodes._feed import END
 from hypernodes._map_run import MapRun, RunItem
 from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, BoundStep, Program
-from hypernodes._run import MapWork, Origin, Scope
+from hypernodes._run import Job, MapWork, Origin, Scope
 from hypernodes._threads import default_threads, in_thread
 from hypernodes._trace import BY_VALUE, Recipe, Trace
 from hypernodes._whole_map import keep_map, map_key, recall_map
@@ -33,6 +35,7 @@ async def trace_for(
     program: Program,
     inputs: Mapping[str, Any],
     around: tuple[list[Any], BoundPlan] | None = None,
+    job: Job | None = None,
 ) -> Trace:
     """Return the trace that a run of a program begins with.
 
@@ -41,6 +44,7 @@ async def trace_for(
         program: the program.
         inputs: values by name.
         around: the values of the pipeline around it, which may know the digests of the inputs, and its step.
+        job: what is run, where nothing is around it here.
     """
     tracer = scope.cache
     assert tracer is not None
@@ -49,9 +53,14 @@ async def trace_for(
     if isinstance(outer, Trace) and step is not None:
         if outer.recipe.tracer is tracer and step.inner_map is None:
             return outer.child(step)
-        known = {name: outer.digests[slot] for name, slot in step.shared}
+        known = {name: outer.known(slot) for name, slot in step.shared}
     await tracer.learn(program)
-    recipe = outer.recipe.inside(step, tracer) if isinstance(outer, Trace) and step else tracer.recipe(program)
+    if isinstance(outer, Trace) and step is not None:
+        recipe = outer.recipe.inside(step, tracer)
+    elif job is not None:
+        recipe = tracer.recipe(program, job.given, job.refresh)
+    else:
+        recipe = tracer.recipe(program)
     # What another cache has cannot be loaded from the one around it.
     eager = not (isinstance(outer, Trace) and outer.recipe.tracer is tracer)
     trace = Trace(recipe, program.template, recipe.template.copy(), eager=eager)
@@ -82,6 +91,8 @@ async def run_traced(
             if perf_counter() > run.yield_at:
                 await run.breathe()
     else:
+        if trace.root.looking is None:
+            trace.root.looking = anyio.Lock(fast_acquire=True)
         await side_by_side(
             scope, program, window, lambda position: cached_step(scope, trace, position, index, run_step)
         )
@@ -95,6 +106,14 @@ async def look_up(traces: Iterable[Trace], *, wanted: bool = False) -> None:
     With ``wanted`` the entries are fetched on the same occasion, for :meth:`CacheSession.load`.
     """
     traces = list(traces)
+    if len(traces) == 1 and traces[0].root.looking is not None:
+        async with traces[0].root.looking:
+            await _look_up(traces, wanted=wanted)
+    else:
+        await _look_up(traces, wanted=wanted)
+
+
+async def _look_up(traces: list[Trace], *, wanted: bool) -> None:
     session = traces[0].recipe.tracer.session
     cost = session.hashing
     if cost.inline and len(traces) == 1:
@@ -149,7 +168,7 @@ async def _call(
 ) -> None:
     recipe = trace.recipe
     session, code = recipe.tracer.session, recipe.codes[position]
-    if code is not None and trace.keys[position] is None:
+    if code is not None and trace.hits[position] is None:
         await look_up([trace])
     key = trace.keys[position]
     slots = step.all_slots
@@ -338,7 +357,7 @@ class CachedMapRun(MapRun):
         known = None if self._origin is None else self._origin.digests
         traces = []
         for _, row in rows:
-            trace = Trace(start.recipe, start, start.digests.copy(), eager=not self._sink.lazy)
+            trace = Trace(start.recipe, start, start.digests.copy(), eager=not self._sink.lazy, start=start)
             digests = None if known is None else next(known)
             for position, slot in enumerate(slots):
                 trace[slot] = row[position]

@@ -95,7 +95,7 @@ class PipelineExecutionEngine:
         """Run a job's plan once and return its outputs by name."""
         program = bind(job.plan, frozenset(job.inputs), job.wanted, self.places)
         scope = Scope(run, job.plan, job.path, self, backend, job.limits or {}, run.tracer(job.cache))
-        values = await values_for(scope, program, job.inputs)
+        values = await values_for(scope, program, job.inputs, job=job)
         await run.breathe()
         await _run_pipeline(scope, program, values, job.inputs)
         return program.outputs_of(values)
@@ -107,20 +107,24 @@ class PipelineExecutionEngine:
         given = frozenset(job.inputs) | set(job.map.over)
         program = bind(job.plan, given, job.wanted, self.places.of_items())
         scope = Scope(run, job.plan, job.path, self, backend, job.limits or {}, run.tracer(job.cache))
-        template = await values_for(scope, program, job.inputs)
+        template = await values_for(scope, program, job.inputs, job=job)
         await run.breathe()
         await _run_map(MapWork(scope, program, job.inputs, job.map, job.feed, job.total, sink), template)
 
 
 async def values_for(
-    scope: Scope, program: Program, inputs: Mapping[str, Any], around: tuple[list[Any], BoundPlan] | None = None
+    scope: Scope,
+    program: Program,
+    inputs: Mapping[str, Any],
+    around: tuple[list[Any], BoundPlan] | None = None,
+    job: Job | None = None,
 ) -> list[Any]:
     """Return what a run of a program begins with: its values by slot, or the trace of them where there is a cache."""
     if scope.cache is not None:
         # Imported by those alone who have a cache.
         from hypernodes._cached import trace_for
 
-        return await trace_for(scope, program, inputs, around)
+        return await trace_for(scope, program, inputs, around, job)
     values = program.template.copy()
     for name, value in inputs.items():
         values[program.slots[name]] = value
@@ -414,6 +418,7 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
         feed, total = ListFeed(rows), rows.count
         columns = Columns(step.wanted, total, lazy=lazy, traced=traced)
     if elsewhere:
+        refresh, given = _refreshed(scope, values, step)
         job = Job(
             plan=program.plan,
             inputs=shared,
@@ -425,7 +430,8 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
             total=total,
             limits=scope.limits,
             cache=None if scope.cache is None else scope.cache.session.store,
-            refresh=scope.run.refresh,
+            refresh=refresh,
+            given=given,
             run=scope.run,
         )
         if columns is None:
@@ -443,11 +449,19 @@ async def _run_nested(scope: Scope, step: BoundPlan, values: list[Any], index: i
             origin = _origin(scope, step, values, index, total) if traced else None
             await _run_map(MapWork(child, program, shared, spec, feed, total, columns, origin), inside)
             results = columns.lists
+    for target, result in zip(step.targets, results, strict=True):
+        values[target] = result
     if scope.cache is not None:
         trace: Any = values
         trace.note(step, inside, columns)
-    for target, result in zip(step.targets, results, strict=True):
-        values[target] = result
+
+
+def _refreshed(scope: Scope, values: Any, step: BoundPlan) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the outputs that a nested pipeline recomputes on another backend, and its inputs that are recomputed."""
+    if scope.cache is None:
+        return scope.run.refresh, frozenset()
+    inside = values.recipe.inside(step)
+    return inside.asked, inside.given
 
 
 def _origin(scope: Scope, step: BoundPlan, trace: Any, index: int | None, total: int | None) -> Origin:

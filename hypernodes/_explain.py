@@ -30,7 +30,7 @@ async def explain(job: Job) -> Explanation:
     scope = Scope(run, job.plan, job.path, PipelineExecutionEngine(), None, {}, run.tracer(job.cache))  # type: ignore[arg-type]
     teller = _Teller()
     try:
-        values = await values_for(scope, program, job.inputs)
+        values = await values_for(scope, program, job.inputs, job=job)
         if job.map is None:
             await teller.tell(scope, program, values, None)
         else:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, overload
 
 from hypernodes import events as ev
-from hypernodes._bridge import Iteration, run_sync
+from hypernodes._bridge import Iteration, blocking, run_sync
 from hypernodes._callbacks import CallbackDispatcher
 from hypernodes._definition import PipelineDefinition
 from hypernodes._engine import DEFAULT_ITEMS
@@ -379,7 +379,7 @@ class Pipeline(PipelineDefinition):
             feed=feed,
             total=total,
             refresh=refreshed_names(plan, refresh),
-            nested=bool(_running.get()),
+            nested=bool(_running.get()) or blocking.get(),
         )
 
     def _map_spec(

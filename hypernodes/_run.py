@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import anyio
@@ -96,6 +97,8 @@ class Job:
     """The store of the enclosing pipelines; None for no cache."""
     refresh: frozenset[str] = frozenset()
     """Names of the outputs that are recomputed although a cache has them."""
+    given: frozenset[str] = frozenset()
+    """Names of the inputs that are being recomputed, so that what depends on them is recomputed too."""
     nested: bool = False
     """Whether a function of a node asks for it."""
     run: Run | None = None
@@ -276,14 +279,10 @@ class Run:
 
     async def aclose(self) -> None:
         """Stop the worker processes that this run started; finish what it writes to caches."""
-        if self._tracers:
-            with anyio.CancelScope(shield=True):
-                for tracer in self._tracers.values():
-                    await tracer.session.aclose()
-        if self._own_workers:
-            with anyio.CancelScope(shield=True):
-                for workers in self._own_workers:
-                    await workers.aclose()
+        closing = [tracer.session.aclose for tracer in self._tracers.values() if tracer.session.unwritten]
+        closing += [workers.aclose for workers in self._own_workers]
+        if closing:
+            await Crew.run(partial(_finish, closing))
 
     def blame(self, error: BaseException, path: Path) -> bool:
         """Note on an error the innermost node it came from; say whether this was the first to note it."""
@@ -349,6 +348,19 @@ class Scope:
     def wants(self, kind: type) -> bool:
         """Say whether anyone listens for a kind of event."""
         return self.emit is not None and kind in self.emit.kinds
+
+
+async def _finish(closing: Iterable[Callable[[], Awaitable[None]]], crew: Crew) -> None:
+    """Close things one after another, all of them, whoever cancels and whatever fails."""
+
+    async def each(_: Crew) -> None:
+        with anyio.CancelScope(shield=True):
+            async with contextlib.AsyncExitStack() as stack:
+                for close in reversed(list(closing)):
+                    stack.push_async_callback(close)
+
+    # In a task of its own: asyncio's own task.cancel() reaches into a shielded scope.
+    crew.start(each)
 
 
 async def saving(run: Run, job: Job, work: Callable[[], Awaitable[T]]) -> T:

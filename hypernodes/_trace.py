@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum, auto
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypernodes._node import Node
 from hypernodes._plan import EVERYTHING, INHERIT
@@ -20,6 +20,9 @@ from hypernodes._signature.values import hash_value
 from hypernodes.cache._session import CacheSession, Code, Loaded
 from hypernodes.errors import UncacheableError
 from hypernodes.events import NotLoaded
+
+if TYPE_CHECKING:
+    import anyio
 
 
 class Unhashed(Enum):
@@ -61,10 +64,14 @@ class Listed:
     def digest(self) -> Any:
         """The digest of the whole list; NO_DIGEST if an item has none. May hash values, so it may block."""
         if self._digest is None:
+            if BY_VALUE in self.items and len(self.values) != len(self.items):
+                # A function has changed the list meanwhile: what follows depends on what it is now.
+                self._digest = hashed(self.values, self._session)
+                return self._digest
             for index, digest in enumerate(self.items):
                 if digest is BY_VALUE:
                     self.items[index] = hashed(self.values[index], self._session)
-            flat = [each.digest if type(each) is Listed else each for each in self.items]
+            flat = [each.digest if isinstance(each, Listed) else each for each in self.items]
             self._digest = NO_DIGEST if NO_DIGEST in flat else listed(flat)
         return self._digest
 
@@ -86,7 +93,7 @@ def settled(digest: Any, value: Any, session: CacheSession) -> Any:
     """Return a digest that another process can use: one that says that its value is to be hashed is hashed now."""
     if digest is BY_VALUE:
         return hashed(value, session)
-    if type(digest) is Listed:
+    if isinstance(digest, Listed):
         digest.digest  # noqa: B018 - hashes its items
     return digest
 
@@ -195,10 +202,24 @@ class Trace(list[Any]):
     As a list it holds values by slot; :class:`NotLoaded` where one is in the cache and nothing has needed it yet.
     """
 
-    __slots__ = ("children", "digests", "eager", "hits", "keys", "recipe")
+    __slots__ = ("children", "digests", "eager", "hits", "keys", "looking", "recipe", "root", "start")
 
-    def __init__(self, recipe: Recipe, values: Iterable[Any], digests: list[Any], *, eager: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        values: Iterable[Any],
+        digests: list[Any],
+        *,
+        eager: bool = False,
+        start: Trace | None = None,
+    ) -> None:
         super().__init__(values)
+        self.start = start
+        """Of an item of a map: what all items begin with."""
+        self.root: Trace = self
+        """The trace around nested pipelines that are not mapped."""
+        self.looking: anyio.Lock | None = None
+        """Held while its keys are looked up, where steps run side by side; that of the root counts."""
         self.recipe = recipe
         self.digests = digests
         self.eager = eager
@@ -249,10 +270,26 @@ class Trace(list[Any]):
         asked = child.predict()
         for name, slot in step.shared:
             # What had to be hashed inside need not be hashed again outside.
-            self.digests[slot] = child.digests[step.program.slots[name]]
+            self._learned(slot, child.digests[step.program.slots[name]])
         for target, (_, inner) in zip(step.targets, step.program.outputs, strict=True):
-            self.digests[target] = child.digests[inner]
+            # While it runs, what is to be hashed is there and not here.
+            if self.digests[target] is None and child.digests[inner] is not BY_VALUE:
+                self.digests[target] = child.digests[inner]
         return asked
+
+    def known(self, slot: int) -> Any:
+        """Return the digest of a slot; what all items of a map share is hashed by the first that needs it."""
+        digest, start = self.digests[slot], self.start
+        if digest is BY_VALUE and start is not None and start[slot] is self[slot] and start.digests[slot] is not None:
+            digest = self.digests[slot] = start.digests[slot]
+        return digest
+
+    def _learned(self, slot: int, digest: Any) -> None:
+        """Note the digest of a slot, also for the other items of a map if they share its value."""
+        self.digests[slot] = digest
+        start = self.start
+        if start is not None and start[slot] is self[slot] and start.digests[slot] is BY_VALUE:
+            start.digests[slot] = digest
 
     def child(self, step: BoundPlan) -> Trace:
         """Return the trace of a nested pipeline that is not mapped, with what is known of its inputs now."""
@@ -260,15 +297,22 @@ class Trace(list[Any]):
         if child is None:
             recipe = self.recipe.inside(step)
             child = self.children[step] = Trace(recipe, step.program.template, recipe.template.copy())
+            child.root = self.root
         for name, slot in step.shared:
             inner = step.program.slots[name]
             child[inner] = self[slot]
-            child.digests[inner] = self.digests[slot]
+            if child.digests[inner] is None or child.digests[inner] is BY_VALUE:
+                child.digests[inner] = self.known(slot)
         return child
+
+    def settle(self, slot: int) -> None:
+        """Hash the value of a slot, if that is due. May block."""
+        if self.known(slot) is BY_VALUE:
+            self._learned(slot, hashed(self[slot], self.recipe.tracer.session))
 
     def _resolved(self, slot: int, step: Any) -> Digest | None:
         """Return the digest of a slot as bytes; None when there is none (yet)."""
-        digest = self.digests[slot]
+        digest = self.known(slot)
         if digest is BY_VALUE:
             try:
                 digest = self.recipe.tracer.session.digest(self[slot])
@@ -276,7 +320,7 @@ class Trace(list[Any]):
                 name = next(name for name, each in step.parameters if each == slot)
                 self.recipe.tracer.session.uncacheable(step.node, f"input {name!r}: {error}")
                 digest = NO_DIGEST
-            self.digests[slot] = digest
+            self._learned(slot, digest)
             template = self.recipe.template
             if template[slot] is BY_VALUE and slot not in self.recipe.program.given_slots:
                 template[slot] = digest
@@ -287,7 +331,7 @@ class Trace(list[Any]):
     def input_digests(self, position: int) -> list[Digest]:
         """Return the digests of a call's inputs, by the sorted names of its parameters."""
         digests = (self.digests[slot] for slot in self.recipe.slots[position])
-        return [each.digest if type(each) is Listed else each for each in digests]
+        return [each.digest if isinstance(each, Listed) else each for each in digests]
 
     def found(self, there: set[str]) -> None:
         """Note which of the keys that were asked for have an entry."""
@@ -397,8 +441,8 @@ class Trace(list[Any]):
         for name in step.step.map.over:
             digest = self.digests[slots[name]]
             length = count if step.step.map.mode == "zip" else len(self[slots[name]])
-            columns.append(digest.items if type(digest) is Listed else [BY_VALUE] * length)
-        if all(type(self.digests[slots[name]]) is not Listed for name in step.step.map.over):
+            columns.append(digest.items if isinstance(digest, Listed) else [BY_VALUE] * length)
+        if not any(isinstance(self.digests[slots[name]], Listed) for name in step.step.map.over):
             return None
         return iter(zip(*columns, strict=True) if step.step.map.mode == "zip" else itertools.product(*columns))
 

@@ -17,7 +17,7 @@ from hypernodes._program import BoundCall, BoundPlan
 from hypernodes._run import Scope
 from hypernodes._signature.keys import DIGEST_SIZE
 from hypernodes._threads import default_threads, in_thread
-from hypernodes._trace import BY_VALUE, FAILED, Listed, Trace, hashed
+from hypernodes._trace import FAILED, Listed, Trace
 from hypernodes.events import NotLoaded
 
 
@@ -47,15 +47,14 @@ def _key(trace: Trace, step: BoundPlan) -> str | None:
     slots = dict(step.parameters)
     for inner, name in zip(spec.over, outer.over, strict=True):
         digest = trace.digests[slots[name]]
-        if type(digest) is Listed:
+        if isinstance(digest, Listed):
             digest = digest.digest
         if type(digest) is not bytes:
             return None
         pieces += [inner.encode(), digest]
         item.digests[program.slots[inner]] = sha256(b"item of " + inner.encode()).digest()
     for name, slot in step.shared:
-        if trace.digests[slot] is BY_VALUE:
-            trace.digests[slot] = hashed(trace[slot], recipe.tracer.session)
+        trace.settle(slot)
         item[program.slots[name]] = trace[slot]
         item.digests[program.slots[name]] = trace.digests[slot]
     item.predict()
@@ -95,7 +94,7 @@ async def recall_map(scope: Scope, trace: Trace, step: BoundPlan, key: str, inde
 async def keep_map(trace: Trace, step: BoundPlan, key: str) -> None:
     """Remember where the items of a map that has been run are, if all are."""
     listed = [trace.digests[target] for target in step.targets]
-    if not all(type(each) is Listed for each in listed):
+    if not all(isinstance(each, Listed) for each in listed):
         return
     columns = [each.items for each in listed]
     rows = list(zip(*columns, strict=True))

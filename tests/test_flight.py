@@ -8,6 +8,7 @@ import random
 import threading
 import traceback
 import weakref
+from contextlib import suppress
 
 import anyio
 import anyio.to_thread
@@ -567,8 +568,22 @@ async def test_a_loop_that_is_gone_disturbs_nobody(anyio_backend):
         await start_waiters(tasks, flights, "key", 2, outcomes)
         work.go_on.set()
     assert list(outcomes.values()) == [(work.result, False)] * 2
-    coroutine.close()
+    with suppress(RuntimeError):  # what it was about to do belongs to a task that is no more
+        coroutine.close()
     del vanished
+
+
+async def test_nobody_waits_for_another_loop_for_ever(anyio_backend, monkeypatch):
+    """A leader on another loop may wait for what this caller holds: after a while the caller computes for itself."""
+    monkeypatch.setattr("hypernodes.cache._flight.ACROSS_LOOPS_S", 0.05)
+    flights, work = Flights(), Work()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(flights.once, "key", work)
+        await work.started.wait()
+        made, led = await anyio.to_thread.run_sync(lambda: anyio.run(flights.once, "key", at_once))
+        assert led
+        assert made is not work.result
+        work.go_on.set()
 
 
 async def test_threads_and_cancellations_at_random(anyio_backend):

@@ -14,10 +14,13 @@ Digest = bytes
 _FORMAT = f"hypernodes-1 {ALGORITHM} ".encode()
 
 
-def call_prefix(code: Digest, names: Iterable[str], salts: Mapping[str, Digest]) -> bytes:
-    """Return what every signature of one function begins with: its code, parameter names, version and dependencies."""
+def call_prefix(code: Digest, names: Iterable[str], salts: Mapping[str, Digest], *, outputs: int) -> bytes:
+    """Return what every signature of one function begins with: its code, parameter names, version and dependencies.
+
+    ``outputs`` is how many names a tuple that it returns is unpacked under; 0 for a result that is kept whole.
+    """
     salted = b"".join(b"%d:%s%s" % (len(name), name.encode(), salts[name]) for name in sorted(salts))
-    return sha256(_FORMAT + code + "\n".join(names).encode() + b"\0" + salted).digest()
+    return sha256(_FORMAT + b"%d " % outputs + code + "\n".join(names).encode() + b"\0" + salted).digest()
 
 
 def part(signature: Digest, position: int) -> Digest:

@@ -265,7 +265,8 @@ class Outbox(Emitter):
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
     """Pickles what a GPU holds such that a machine without one can use it, and caches without their keys.
 
-    Both wherever they hide. ``place`` is the backend that the message goes to: pipelines inside that ask for it are there already.
+    Both wherever they hide. ``place`` is the backend that the message goes to: pipelines inside that ask for it are
+    there already.
     """
 
     def __init__(self, file: BytesIO, buffers: list[pickle.PickleBuffer], place: Backend | None) -> None:

@@ -4,7 +4,8 @@ The first caller computes, in its own task; the others wait for it, on the same 
 thread. Nothing outlives a flight: it is forgotten as soon as its leader has landed.
 
 Waiting cannot deadlock. A context carries the chain of flights that it runs in, and each flight knows what the
-code inside it waits for, so a caller can see beforehand that its waiting would close a circle.
+code inside it waits for, so a caller can see beforehand that its waiting would close a circle. What is waited for
+besides flights is not known; so those who may hold it do not wait, and nobody waits for another loop for ever.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from hypernodes._threads import current_async_library
 from hypernodes.errors import CacheError
 
 T = TypeVar("T")
+
+ACROSS_LOOPS_S = 5.0
+"""Seconds that a caller waits for a leader on another event loop; then it computes for itself."""
 
 _leading: ContextVar[_Flight | None] = ContextVar("hypernodes_leading", default=None)
 """The innermost flight that this code runs in; tasks and threads started there inherit it."""
@@ -59,7 +63,7 @@ class Flights:
         outer = _leading.get()
         if outer is not None:
             outer = self._enclosing(outer, key)
-        flight = _Flight(self, key, outer)
+        flight = _Flight(self, key, outer, _this_loop()[0])
         try:
             # One atomic step: alone, a caller needs no lock.
             while (there := self._flying.setdefault(key, flight)) is not flight:
@@ -102,12 +106,14 @@ class Flights:
 class _Flight:
     """One computation of a key by one caller, its leader."""
 
-    __slots__ = ("_failure", "awaits", "home", "key", "outer", "result", "state", "waiters")
+    __slots__ = ("_failure", "awaits", "home", "key", "loop", "outer", "result", "state", "waiters")
 
-    def __init__(self, home: Flights, key: Hashable, outer: _Flight | None) -> None:
+    def __init__(self, home: Flights, key: Hashable, outer: _Flight | None, loop: object) -> None:
         self.home = home
         self.key = key
         self.outer = outer
+        self.loop = loop
+        """What identifies the leader's event loop."""
         self.state: Literal["flying", "landed", "failed", "abandoned"] = "flying"
         self.result: Any = None
         self.waiters: dict[_Waiter, None] = {}
@@ -150,19 +156,19 @@ class _Flight:
 class _Waiter:
     """One wait for a flight."""
 
-    __slots__ = ("_event", "_loop", "_post", "flight")
+    __slots__ = ("_event", "_post", "flight", "loop")
 
     def __init__(self, flight: _Flight) -> None:
         self.flight = flight
         self._event = anyio.Event()
-        self._loop, self._post = _this_loop()
+        self.loop, self._post = _this_loop()
 
     async def wait(self) -> None:
         await self._event.wait()
 
     def wake(self, here: object) -> None:
         """Wake the waiting task; ``here`` is the event loop of the caller."""
-        if self._loop is here:
+        if self.loop is here:
             self._event.set()
         else:
             with suppress(RuntimeError):  # on a loop that is closed by now nobody waits
@@ -226,13 +232,18 @@ async def _landing(flight: _Flight, outer: _Flight | None) -> bool:
             each.awaits[waiter] = None
     try:
         if flight.state == "flying":
-            await waiter.wait()
+            if flight.loop is waiter.loop:
+                await waiter.wait()
+            else:
+                # What the leader waits for there cannot be known, such as a token that this caller holds.
+                with anyio.move_on_after(ACROSS_LOOPS_S):
+                    await waiter.wait()
     finally:
         with _lock:
             flight.waiters.pop(waiter, None)
             for each in enclosing:
                 del each.awaits[waiter]
-    return True
+    return flight.state != "flying"
 
 
 def _depends(flight: _Flight, others: set[_Flight]) -> bool:

@@ -27,6 +27,7 @@ from hypernodes.cache._flight import Flights
 from hypernodes.cache._guard import guard_of
 from hypernodes.cache._ledger import SHORT, History, Ledger, history_name, read_histories, write_histories
 from hypernodes.cache._store import size as bytes_in
+from hypernodes.errors import UncacheableError
 
 PLAIN = 17
 """In an envelope's header: not a pickle."""
@@ -146,7 +147,8 @@ class CacheSession:
             return None
         names = tuple(sorted(node.parameters))
         parts = {name: digest[:SHORT].hex() for name, digest in {**print_.parts, **salts}.items()}
-        prefix = call_prefix(print_.digest, names, salts)
+        several = len(node.outputs) if isinstance(node.output_name, tuple) else 0
+        prefix = call_prefix(print_.digest, names, salts, outputs=several)
         history = history_name(_place(node.func), node.outputs)
         about = b'{"node": %s, "at": ' % json.dumps(node.name).encode()
         return Code(node, prefix, names, print_, parts, history, Cost(), Clock(), about)
@@ -167,7 +169,10 @@ class CacheSession:
             return digest
         for each in classes:
             if each not in self._classes:
-                self._classes[each] = hash_code(each)
+                try:
+                    self._classes[each] = hash_code(each)
+                except Exception as error:  # reading a class runs the user's code
+                    raise UncacheableError(f"the class {each.__qualname__} cannot be read: {error!r}") from error
         return sha256(b"".join([digest, *sorted(self._classes[each] for each in classes)])).digest()
 
     async def find(self, keys: Sequence[str], *, fetch: bool = False) -> set[str]:
@@ -343,6 +348,11 @@ class CacheSession:
     async def histories(self, names: Iterable[str]) -> dict[str, History]:
         """Return what is remembered of nodes, by the names of their histories."""
         return await read_histories(self._guard, names, self._secret)
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether there is something left to write."""
+        return bool(self._buffer or self._ledger)
 
     async def aclose(self) -> None:
         """Write what is left."""
