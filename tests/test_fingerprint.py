@@ -799,6 +799,27 @@ def test_files_and_folders_count_by_content(tmp_path, monkeypatch):
         assert {each for each in before if before[each] != after[each]} == {folder}
 
 
+def test_folders_count_through_links_also_where_these_lead_in_a_circle(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (elsewhere / "a.txt").write_text("a")
+    (folder / "train").symlink_to(elsewhere)
+    (folder / "back").symlink_to(folder)
+    (elsewhere / "up").symlink_to(folder)
+    seen = [hash_dependencies([folder])]
+    assert hash_dependencies([folder]) == seen[0]
+
+    (elsewhere / "a.txt").write_text("edited")
+    seen.append(hash_dependencies([folder]))
+    (folder / "validation").symlink_to(elsewhere)
+    seen.append(hash_dependencies([folder]))
+    (folder / "validation").unlink()
+    (folder / "validation").symlink_to(folder)
+    seen.append(hash_dependencies([folder]))
+    assert len({*(digest for each in seen for digest in each.values())}) == len(seen)
+
+
 def make_nothing():
     return None
 

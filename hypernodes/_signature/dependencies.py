@@ -18,7 +18,7 @@ def hash_dependencies(depends_on: Iterable[str | os.PathLike[str] | Any]) -> dic
     """Return the digests of files, folders and values, by names such as ``depends_on 'data.json'``.
 
     A str or path counts by the content of the file, read again when its time or size has changed, or of all files
-    in the folder, with their names; anything else counts by value, and a function by its fingerprint. Paths are
+    in the folder, with their names, through links as well; anything else counts by value, and a function by its fingerprint. Paths are
     relative to the working directory.
 
     Raises:
@@ -50,7 +50,15 @@ def _path_digest(path: str, name: str) -> bytes:
 
 def _folder_digest(path: str) -> bytes:
     digest = hashlib.sha256(b"folder")
-    for folder, inner, files in os.walk(path, onerror=_raise):
+    seen: dict[tuple[int, int], str] = {}  # links may lead to a folder twice, or back to one that they are in
+    for folder, inner, files in os.walk(path, onerror=_raise, followlinks=True):
+        status = os.stat(folder)
+        relative = os.path.relpath(folder, path).replace(os.sep, "/")
+        first = seen.setdefault((status.st_dev, status.st_ino), relative)
+        if first != relative:
+            inner.clear()
+            digest.update(f"{relative} is {first}".encode("utf-8", "surrogateescape"))
+            continue
         inner.sort()
         for file in sorted(files):
             full = os.path.join(folder, file)
