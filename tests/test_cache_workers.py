@@ -1,8 +1,12 @@
 """Worker processes share a run's cache: what they make is found here, and what is made here is found there."""
 
+import asyncio
+import threading
+import time
 from pathlib import Path
 
 import anyio
+import psutil
 import pytest
 
 from hypernodes import DiskCache, Pipeline, node
@@ -205,3 +209,44 @@ async def test_worker_processes_write_as_they_go_along(cache, ran):
                 await anyio.sleep(0.02)
         tasks.cancel_scope.cancel()
     assert ran.take() == [str(x) for x in range(8)]
+
+
+class SlowToWrite(DiskCache):
+    """A cache whose disk takes its time, and which says when it is written to."""
+
+    begun = threading.Event()
+
+    def write(self, entries):
+        """Keep entries, at leisure."""
+        self.begun.set()
+        time.sleep(0.3)
+        super().write(entries)
+
+
+async def test_cancelled_while_it_writes_what_is_left(tmp_path, anyio_backend):
+    """asyncio's task.cancel() during a run's last write leaves no worker process behind, and nothing unwritten."""
+    if anyio_backend[0] != "asyncio":
+        pytest.skip("asyncio's own")
+
+    @node("doubled")
+    def double(x):
+        return 2 * x
+
+    @node("total")
+    def total(doubled):
+        return sum(doubled)
+
+    mapped = Pipeline([double], name="mapped").as_node(map_over="x")
+    backend = LocalBackend(map_execution="parallel", max_workers=2)
+    SlowToWrite.begun.clear()
+    pipeline = Pipeline([mapped, total], cache=SlowToWrite(tmp_path / "cache"), backend=backend)
+    task = asyncio.create_task(pipeline.arun(x=[1, 2, 3]))
+    with anyio.fail_after(PATIENCE_S):
+        while not SlowToWrite.begun.is_set():
+            await anyio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert not psutil.Process().children()
+    explained = await pipeline.with_cache(opened(tmp_path / "cache")).explain(x=[1, 2, 3])
+    assert {each.status for each in explained} == {"hit"}

@@ -165,6 +165,9 @@ class Ledger:
             else:
                 self._noted[name] = history
 
+    def __bool__(self) -> bool:
+        return bool(self._noted)
+
     def take(self) -> dict[str, History]:
         """Return what was noted and forget it."""
         noted, self._noted = self._noted, {}
