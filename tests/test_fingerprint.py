@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import pytest
 
+from hypernodes import Pipeline, node
 from hypernodes._signature import origin
 from hypernodes._signature.bytecode import bytecode_digest
 from hypernodes._signature.code import _known, fingerprint, hash_code, hash_dependencies
@@ -354,6 +355,22 @@ def test_functions_without_source_count_by_what_they_do():
     assert made("def f(x):\n    return x - 1") != plain
     nested = made("def f(x):\n    return [lambda: y + 1 for y in x]")
     assert made("def f(x):\n    return [lambda: y + 2 for y in x]") != nested
+
+
+def test_what_exec_makes_in_a_namespace_without_a_name_counts_by_what_it_does():
+    def made(text, name):
+        names = {}
+        exec(text, names)
+        return names[name]
+
+    function, method = "def f(x):\n    return x + {}", "class C:\n    def m(self):\n        return {}"
+    kinds = {
+        "function": lambda n: fingerprint(made(function.format(n), "f")),
+        "class": lambda n: fingerprint(made(method.format(n), "C")),
+        "instance": lambda n: fingerprint(made(method.format(n), "C")().m),
+    }
+    for kind, make in kinds.items():
+        assert make(1) == make(1) != make(2), kind
 
 
 @pytest.mark.parametrize("others", ["", "first = lambda x: x + 1; "])
@@ -705,6 +722,41 @@ def test_hypernodes_itself_counts_by_its_version():
 
     assert f"package 'hypernodes' {hypernodes.__version__}" in fingerprint(f).parts
     assert not any(each.startswith("class") for each in fingerprint(f).parts)
+
+
+# ---- nodes that are called
+
+
+def test_the_version_and_dependencies_of_a_node_count_for_what_calls_it(tmp_path):
+    def found(version=None, text="1"):
+        data = tmp_path / "data.txt"
+        data.write_text(text)
+
+        @node("cleaned", version=version, depends_on=[data])
+        def clean(text):
+            return text
+
+        class Job:
+            @node("held", version=version, depends_on=[data])
+            def held(self, text):
+                return text
+
+        inner = Pipeline([clean])
+        return {
+            "a call": fingerprint(lambda text: clean(text)),
+            "a pipeline": fingerprint(lambda text: inner.run(text=text)),
+            "a table": fingerprint(lambda text, nodes=(clean,): nodes[0](text)),
+            "a class": fingerprint(lambda text: Job().held(text)),
+        }
+
+    before = found(1)
+    assert found(1) == before
+    assert not any(name.startswith("version") for name in found()["a call"].parts)
+    for how, newer in found(2).items():
+        assert {each.partition(" of ")[0] for each in changed(newer, before[how])} == {"version"}, how
+    for how, newer in found(1, text="other").items():
+        assert len(changed(newer, before[how])) == 1, how
+        assert changed(newer, before[how]).pop().startswith("depends_on"), how
 
 
 # ---- code inside of values

@@ -18,8 +18,8 @@ def hash_dependencies(depends_on: Iterable[str | os.PathLike[str] | Any]) -> dic
     """Return the digests of files, folders and values, by names such as ``depends_on 'data.json'``.
 
     A str or path counts by the content of the file, read again when its time or size has changed, or of all files
-    in the folder, with their names, through links as well; anything else counts by value, and a function by its fingerprint. Paths are
-    relative to the working directory.
+    in the folder, with their names, through links as well; anything else counts by value, and a function by its
+    fingerprint. Paths are relative to the working directory.
 
     Raises:
         UncacheableError: There is no such file, it cannot be read, or a value cannot be hashed.

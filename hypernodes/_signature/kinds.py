@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 from hypernodes._signature.builtin import CODE, EXACT, OPEN, TABLE, Written, hash_of_code
+from hypernodes._signature.origin import foreign_class
 from hypernodes._signature.packages import KNOWN, STATELESS, WHOLE
 from hypernodes._signature.stream import SCALARS, Composite, Encoded, head, identity, names, text
 from hypernodes.errors import UncacheableError
@@ -66,7 +67,10 @@ class Kind:
         self._identity = identity(cls)
         self._stateful = base is not cls and (base is None or _package(base) not in STATELESS)
         package = _package(cls)  # is it the user's own?
-        self.own = package not in sys.stdlib_module_names and (base is None or package != _package(base))
+        if package == "builtins":
+            self.own = foreign_class(cls) is None
+        else:
+            self.own = package not in sys.stdlib_module_names and (base is None or package != _package(base))
         self._whole = base is None and _keeps_content_private(cls)
         self._has_dict = cls.__dictoffset__ != 0
         self._slots = _slots(cls)

@@ -44,7 +44,7 @@ def is_own(func: Any, cls: type) -> bool:
     return (
         isinstance(func, FunctionType)
         and func.__code__.co_qualname.startswith(f"{cls.__qualname__}.")
-        and func.__globals__.get("__name__") == cls.__module__
+        and func.__globals__.get("__name__", "builtins") == cls.__module__
     )
 
 

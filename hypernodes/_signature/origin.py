@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import hashlib
 import importlib.util
@@ -19,6 +20,7 @@ Parts: TypeAlias = Mapping[str, bytes]
 _NOTHING: Parts = MappingProxyType({})
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.path.realpath(os.__file__)), "")
 _INSTALLED = ("site-packages", "dist-packages")
+_HEAP_TYPE = 1 << 9  # of CPython's type flags: it was made while Python ran
 _VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -46,6 +48,16 @@ def foreign_parts(module: str) -> Parts | None:
     if spec is None:  # made by hand, or not there
         return None
     return _parts_of(top, spec.origin if spec.has_location else next(iter(spec.submodule_search_locations or []), None))
+
+
+def foreign_class(cls: type) -> Parts | None:
+    """Return what stands for the code of a class; None when it is project code.
+
+    One that `exec` made in a namespace without a name says that it is in `builtins`.
+    """
+    if cls.__module__ == "builtins" and cls.__flags__ & _HEAP_TYPE and vars(builtins).get(cls.__name__) is not cls:
+        return None
+    return foreign_parts(cls.__module__)
 
 
 def _folder(module: object) -> str | None:

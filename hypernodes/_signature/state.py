@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from hypernodes._signature.code import code_of
 from hypernodes._signature.members import ABSENT, MUTABLE, written_on_self
-from hypernodes._signature.origin import foreign_parts
+from hypernodes._signature.origin import foreign_class
 from hypernodes._signature.scope import cells_of, resolve
 from hypernodes._signature.stream import SCALARS
 
@@ -79,7 +79,7 @@ class State:
     def written_attributes(self, value: Any) -> frozenset[str]:
         """Return the attributes of an object that are state, while the others are not."""
         kind = type(value)
-        if foreign_parts(kind.__module__) is not None:
+        if foreign_class(kind) is not None:
             return frozenset(self._stored.get(id(value), ()))
         return frozenset(self._stored.get(id(value), set()) | self._written_on_self(kind, value))
 

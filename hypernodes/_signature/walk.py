@@ -19,6 +19,7 @@ from typing import Any
 from hypernodes._node import Node, node
 from hypernodes._signature.captured import MUTATING_METHODS, Chain, Import, names_in
 from hypernodes._signature.code import code_of
+from hypernodes._signature.dependencies import hash_dependencies
 from hypernodes._signature.members import (
     ABSENT,
     data_of,
@@ -26,7 +27,7 @@ from hypernodes._signature.members import (
     is_generated,
     is_own,
 )
-from hypernodes._signature.origin import foreign_parts, module_name
+from hypernodes._signature.origin import foreign_class, foreign_parts, module_name
 from hypernodes._signature.scope import asked_for, builtins_of, cells_of, content_of, import_for, module_of, resolve
 from hypernodes._signature.state import State, Variable
 from hypernodes._signature.stream import SCALARS
@@ -108,6 +109,8 @@ class Walk:
     def _reference(self, value: Any) -> str | None:
         """Return the name of code, which is followed from now on; None if the value is not code."""
         while isinstance(value, Node | staticmethod | classmethod):
+            if isinstance(value, Node) and _is_salted(value):
+                return self._node(value)
             value = value.func if isinstance(value, Node) else value.__func__
         match value:
             case FunctionType():
@@ -125,7 +128,7 @@ class Walk:
         kind = type(value)
         if kind.__module__.startswith("hypernodes.") and (plan := getattr(value, "plan", None)) is not None:
             return self._pipeline(value, plan)
-        if not callable(value) or foreign_parts(kind.__module__) is None:
+        if not callable(value) or foreign_class(kind) is None:
             return None
         own = getattr(value, "__dict__", {})
         if "__wrapped__" in own:
@@ -152,7 +155,8 @@ class Walk:
 
     def _function(self, func: FunctionType) -> str:
         module = func.__globals__.get("__name__") or func.__module__ or ""
-        if module not in ("__main__", "__mp_main__") and foreign_parts(module) is not None:
+        # Functions that are built in are of another type: without a module's name it was made by `exec`.
+        if module not in ("", "builtins", "__main__", "__mp_main__") and foreign_parts(module) is not None:
             if "__wrapped__" in func.__dict__:
                 return self._wrapper(func, module, func.__code__.co_qualname)
             return self._foreign(module, func.__code__.co_qualname)
@@ -197,6 +201,21 @@ class Walk:
             self._foreign(module.__name__, "")
             return f"module {module.__name__!r}"
         return f"module {module_name(vars(module))!r}"
+
+    def _node(self, value: Node[..., Any]) -> str:
+        """A node that is called by another counts with what it was told to depend on."""
+        self._kept.append(value)
+        return self._entity((id(value),), f"node {value.name!r}", lambda part: self._follow_node(value, part))
+
+    def _follow_node(self, value: Node[..., Any], part: str) -> None:
+        self._bind(part, (id(value), "func"), value.func)
+        self._salt(value, part)
+
+    def _salt(self, value: Node[..., Any], part: str) -> None:
+        if value.version is not None:
+            self._pieces[f"version of {part}"] = [hash_value(value.version, f"version of {part}")]
+        for name, digest in hash_dependencies(value.depends_on).items():
+            self._pieces[f"{name} of {part}"] = [digest]
 
     def _partial(self, value: functools.partial[Any]) -> str:
         return self._entity(
@@ -417,7 +436,7 @@ class Walk:
             if not isinstance(value, _LOGGERS):
                 return _CODE, hash_value(value, classes=classes)
         except UncacheableError:
-            if foreign_parts(kind.__module__) is None and hasattr(value, "__dict__") and id(value) not in within:
+            if foreign_class(kind) is None and hasattr(value, "__dict__") and id(value) not in within:
                 return self._attributes_of(value, opaque, self._state.written_attributes(value), (*within, id(value)))
         finally:
             self._follow_classes(classes)
@@ -440,7 +459,7 @@ class Walk:
     # ---- classes
 
     def _class(self, cls: type) -> str:
-        if foreign_parts(cls.__module__) is not None:
+        if foreign_class(cls) is not None:
             return self._foreign(cls.__module__, cls.__qualname__)
         name = f"class {cls.__qualname__!r} (module {_module_of(cls)!r})"
         return self._entity((id(cls),), name, lambda part: self._follow_class(cls, part))
@@ -451,6 +470,8 @@ class Walk:
         pieces.extend(self._class(each).encode() for each in kinds)
         for name in sorted(cls.__dict__):
             member = cls.__dict__[name]
+            if isinstance(member, Node):
+                self._salt(member, f"{name!r} of {part}")
             for func in functions_of(member):
                 if not is_generated(func, cls):
                     pieces.append(f"{type(member).__qualname__} {name}".encode())
@@ -484,6 +505,10 @@ def _joined(*pieces: bytes) -> bytes:
     if len(pieces) == 1 and len(pieces[0]) == 32:
         return pieces[0]
     return hashlib.sha256(b"".join([b"%d:%b" % (len(piece), piece) for piece in pieces])).digest()
+
+
+def _is_salted(value: Node[..., Any]) -> bool:
+    return value.version is not None or bool(value.depends_on)
 
 
 def _module_of(cls: type) -> str:
