@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from typing import Any
@@ -13,7 +14,7 @@ MOST_BYTES = 8 << 20
 class WriteBuffer:
     """What waits to be written to one store, and can be read from here meanwhile. Used by any thread."""
 
-    __slots__ = ("_bytes", "_lock", "_pending", "_writing")
+    __slots__ = ("__weakref__", "_bytes", "_lock", "_pending", "_writing")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -56,6 +57,13 @@ class WriteBuffer:
         with self._lock:
             self._writing = [each for each in self._writing if each is not batch]
 
+    def put_back(self, batch: dict[str, bytes]) -> None:
+        """Keep a batch for later: nobody knows whether it was written."""
+        with self._lock:
+            self._pending = {**batch, **self._pending}
+            self._bytes = sum(map(len, self._pending.values()))
+            self._writing = [each for each in self._writing if each is not batch]
+
 
 class Same:
     """Stands for a store that cannot be a key of a dict: equal to what stands for the very same store."""
@@ -82,11 +90,35 @@ def identity(store: Any) -> Any:
     return store
 
 
-_buffers: weakref.WeakKeyDictionary[Any, WriteBuffer] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+class _Buffers:
+    """The buffers of a process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_store: weakref.WeakKeyDictionary[Any, WriteBuffer] = weakref.WeakKeyDictionary()
+        # What stands for a store lives in here, and the store with it, for as long as a run uses the buffer.
+        self._by_stand_in: weakref.WeakValueDictionary[Same, WriteBuffer] = weakref.WeakValueDictionary()
+
+    def of(self, store: Any) -> WriteBuffer:
+        with self._lock:
+            if isinstance(store, Same):
+                return self._by_stand_in.setdefault(store, WriteBuffer())
+            return self._by_store.setdefault(store, WriteBuffer())
+
+
+_buffers = _Buffers()
 
 
 def buffer_of(store: Any) -> WriteBuffer:
     """Return the one buffer of a store in this process; ``store`` is its :func:`identity`."""
-    with _lock:
-        return _buffers.setdefault(store, WriteBuffer())
+    return _buffers.of(store)
+
+
+def _forget_buffers() -> None:
+    """In a forked child: the parent writes what it has gathered, and another thread may have held a lock."""
+    global _buffers  # noqa: PLW0603 - nothing in it can be trusted
+    _buffers = _Buffers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_buffers)

@@ -332,10 +332,13 @@ class CacheSession:
         batch = self._buffer.take()
         if batch:
             try:
-                if not await self._guard.set_many(batch):
-                    self._fresh.difference_update(batch)
-            finally:
-                self._buffer.written(batch)
+                stored = await self._guard.set_many(batch)
+            except BaseException:
+                self._buffer.put_back(batch)
+                raise
+            if not stored:
+                self._fresh.difference_update(batch)
+            self._buffer.written(batch)
 
     def remember(self, noted: Mapping[str, History]) -> None:
         """Take over what the session of a worker process has noted of its entries."""
@@ -388,7 +391,7 @@ def _is_small(value: Any) -> bool:
 
 def _place(func: Any) -> str:
     """Return where a function was written: its module and qualified name."""
-    while hasattr(func, "func"):
+    while isinstance(func, (partial, Node)):
         func = func.func
-    kind = func if hasattr(func, "__qualname__") else type(func)
+    kind = func if isinstance(getattr(func, "__qualname__", None), str) else type(func)
     return f"{kind.__module__}.{kind.__qualname__}"
