@@ -13,6 +13,7 @@ import pytest
 
 from hypernodes import DiskCache, Pipeline, node
 from hypernodes._cli import main
+from hypernodes.cache._envelope import seal
 
 ROOT = Path(__file__).parent.parent
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="terminals are POSIX here")
@@ -70,6 +71,32 @@ def test_ls_shows_each_result_with_node_size_and_key(folder, call):
     row = re.compile(r"(twice|written) +\d+ bytes  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[\d.]+ (µs|ms|s)  [0-9a-f]{64}")
     assert all(row.fullmatch(each) for each in rows), out
     assert len({each.split()[-1] for each in rows}) == 20
+
+
+def test_ls_shows_what_a_terminal_would_obey(folder, call):
+    """Whoever may write a cache cannot retitle, clear or turn around the terminal of who looks into it."""
+    key, name = "0" * 64, "\x1b]0;owned\x07\x1b[2J\u202edouble\udc80"
+    meta = json.dumps({"node": name, "at": 1, "seconds": 1}).encode()
+    DiskCache(folder).write({key: seal(key, 1, meta, [b"x"], None)})
+    for arguments in (["ls", folder], ["stats", folder], ["ls", folder, "--node", "none"]):
+        _, out, err = call(*arguments)
+        assert r"\x1b]0;owned\x07\x1b[2J\u202edouble\udc80" in out + err
+        assert (out + err).replace("\n", "").isprintable()
+    _, out, _ = call("ls", folder, "--node", name, "--json")
+    assert json.loads(out)["node"] == name
+
+
+@pytest.mark.parametrize(
+    "meta", [b"[" * 100_000, b'{"node": "twice", "seconds": 1' + b"0" * 400 + b"}"], ids=["deep", "high"]
+)
+def test_ls_of_what_cannot_be_read(folder, call, meta):
+    """What is said of an entry may be anything; the others are listed."""
+    key = "0" * 64
+    DiskCache(folder).write({key: seal(key, 1, meta, [b"x"], None)})
+    code, out, err = call("ls", folder)
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 22
+    assert "(cannot be read)" in out
 
 
 def test_ls_can_be_of_one_node_and_of_the_newest(folder, call):

@@ -114,7 +114,7 @@ def _row(entry: EntryInfo) -> _Row:
     try:
         meta = json.loads(entry.meta)
         return _Row(str(meta["node"]), entry, float(meta["seconds"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _Row(_UNREADABLE, entry, None)
 
 
@@ -124,7 +124,7 @@ def _ls(cache: DiskCache, arguments: argparse.Namespace) -> int:
         names = {row.node for row in rows}
         rows = [row for row in rows if row.node == arguments.node]
         if not rows:
-            known = f"it has results of {', '.join(sorted(names))}" if names else "it is empty"
+            known = f"it has results of {_shown(', '.join(sorted(names)))}" if names else "it is empty"
             return _fail(f"{arguments.path} has no result of a node {arguments.node!r}: {known}")
     rows.sort(key=lambda row: row.entry.stored_at, reverse=True)
     rows = rows[: arguments.limit]
@@ -200,7 +200,7 @@ def _verify(cache: DiskCache, arguments: argparse.Namespace) -> int:
 
 
 def _told(finding: Finding) -> str:
-    return f"{finding.file}: {finding.key or 'the whole file'}: {finding.reason}"
+    return _shown(f"{finding.file}: {finding.key or 'the whole file'}: {finding.reason}")
 
 
 def _prune(cache: DiskCache, arguments: argparse.Namespace) -> int:
@@ -232,7 +232,7 @@ def _print_removed(report: PruneReport) -> None:
 
 def _print_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """Print columns: names at the left, figures at the right."""
-    table = [head, *rows]
+    table = [head, *(tuple(map(_shown, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     right = [name in ("size", "took", "entries") for name in head]
     for row in table:
@@ -240,6 +240,11 @@ def _print_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None
         print(
             "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in cells).rstrip()
         )
+
+
+def _shown(text: str) -> str:
+    """Text that others may have written, without what a terminal obeys."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _bytes(count: int) -> str:
