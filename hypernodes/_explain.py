@@ -49,6 +49,8 @@ class _Teller:
     def __init__(self) -> None:
         self.told: list[NodeExplanation] = []
         self._histories: dict[str, _Known | None] = {}
+        self._refused: dict[str, str] = {}
+        """Entries that cannot be used, and why."""
 
     async def tell(self, scope: Scope, program: Program, values: list[Any], index: int | None) -> None:
         """Explain one run of a program; afterwards its trace knows what can be known of its outputs."""
@@ -56,14 +58,15 @@ class _Teller:
             for step in program.steps:
                 self._without_cache(scope, step, index)
             return
-        await look_up([values])
+        if None in values.hits:
+            await self._look_up([values])
         await self._learn(scope, program)
         for position, step in enumerate(program.steps):
             if isinstance(step, BoundCall):
                 self._call(scope, values, position, step, index)
             else:
                 await self._nested(scope, values, step, index)
-                await look_up([values])
+                await self._look_up([values])
 
     async def tell_items(
         self,
@@ -88,10 +91,21 @@ class _Teller:
                 trace.digests[slot] = digest
             traces.append(trace)
         for start in range(0, len(traces), BATCH):
-            await look_up(traces[start : start + BATCH])
+            await self._look_up(traces[start : start + BATCH])
         for index, trace in enumerate(traces):
             await self.tell(scope, program, trace, index)
         return traces
+
+    async def _look_up(self, traces: list[Trace]) -> None:
+        """Look traces up; what is there and cannot be used is not there."""
+        known = {key for trace in traces for key in trace.hit_keys()}
+        await look_up(traces)
+        found = {key for trace in traces for key in trace.hit_keys()} - known
+        refused = await traces[0].recipe.tracer.session.check(found) if found else {}
+        if refused:
+            self._refused |= refused
+            for trace in traces:
+                trace.forget(refused)
 
     def _without_cache(self, scope: Scope, step: Any, index: int | None) -> None:
         path = (*scope.at(index), step.name)
@@ -127,6 +141,8 @@ class _Teller:
             return
         if recipe.refresh[position]:
             reasons = (Reason("refresh"),)
+        elif (refused := self._refused.get(trace.keys[position] or "")) is not None:
+            reasons = (Reason("refused", refused),)
         else:
             made = {name for name, slot in step.parameters if slot in recipe.producers}
             given = {name for name, slot in step.parameters if slot in recipe.program.given_slots}
@@ -141,7 +157,8 @@ class _Teller:
         unknown = [name for name, slot in step.parameters if trace.digests[slot] is None]
         if has_code and unknown:
             return "unknown", tuple(Reason("unknown", name) for name in unknown)
-        return "uncached", (Reason("uncacheable", trace.recipe.tracer.session.reason(step.node)),)
+        said = trace.recipe.tracer.session.reason(step.node).partition("; ")[0]  # the advice is in the log
+        return "uncached", (Reason("uncacheable", said),)
 
     async def _nested(self, scope: Scope, trace: Trace, step: BoundPlan, index: int | None) -> None:
         path = (*scope.at(index), step.name)

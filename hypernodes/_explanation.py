@@ -20,6 +20,7 @@ Why = Literal[
     "input",
     "upstream",
     "gone",
+    "refused",
     "refresh",
     "unneeded",
     "not cached",
@@ -46,6 +47,7 @@ _TEXTS: dict[str, str] = {
     "input": "input {!r} is new",
     "upstream": "input {!r} will be computed anew",
     "gone": "it was stored once, and is no longer there",
+    "refused": "its entry cannot be used: {}",
     "refresh": "it is to be recomputed",
     "unneeded": "it is not there, and nothing that runs needs it",
     "not cached": "{}",
@@ -68,7 +70,7 @@ class NodeExplanation(NamedTuple):
     """What its code refers to and could not be looked into, such as a client: it counts by its class alone."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Explanation:
     """What a run would do; prints as a table, in a notebook as HTML."""
 
@@ -127,6 +129,10 @@ class Explanation:
             seconds = sum(each.seconds or 0.0 for each in members if each.status not in ("hit", "unneeded"))
             rows.append((format_path(path), states, _duration(seconds), "; ".join(listed)))
         return rows
+
+    def __repr__(self) -> str:
+        """Return the table: as data it may have many thousands of lines."""
+        return str(self)
 
     def __str__(self) -> str:
         rows = [("node", "cache", "took", "why"), *self._rows()]

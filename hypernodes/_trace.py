@@ -318,7 +318,8 @@ class Trace(list[Any]):
                 digest = self.recipe.tracer.session.digest(self[slot])
             except UncacheableError as error:
                 name = next(name for name, each in step.parameters if each == slot)
-                self.recipe.tracer.session.uncacheable(step.node, f"input {name!r}: {error}")
+                said = str(error).removeprefix("value")
+                self.recipe.tracer.session.uncacheable(step.node, f"input {name}{said}")
                 digest = NO_DIGEST
             self._learned(slot, digest)
             template = self.recipe.template
@@ -361,6 +362,14 @@ class Trace(list[Any]):
                 hits[position] = UNNEEDED
             else:
                 needed.update(slot for _, slot in step.parameters)
+
+    def hit_keys(self) -> Iterator[str]:
+        """Iterate over the keys of the entries that there are, inside too."""
+        for key, hit in zip(self.keys, self.hits, strict=True):
+            if hit is True and key is not None:
+                yield key
+        for child in self.children.values():
+            yield from child.hit_keys()
 
     def forget(self, refused: Mapping[str, str]) -> None:
         """Note that entries cannot be used after all."""

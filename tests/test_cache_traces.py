@@ -1,4 +1,4 @@
-"""What is known of values while steps run side by side, in nested pipelines and in maps: nothing stale, nothing twice."""
+"""What is known of values while steps run side by side, in nests and in maps: nothing stale, nothing done twice."""
 
 import asyncio
 import typing

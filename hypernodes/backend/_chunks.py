@@ -147,7 +147,7 @@ class ChunkedMap:
             return {"cache": None}
         session = tracer.session
         if not getattr(session.store, "travels", False):
-            session.warn("parallel", "worker processes cache nothing: they can share a DiskCache, and not this cache")
+            session.warn(None, "worker processes cache nothing: they can share a DiskCache, and not this cache")
             return {"cache": None}
         assert isinstance(self._template, Trace)
         recipe = self._template.recipe

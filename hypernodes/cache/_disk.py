@@ -64,6 +64,9 @@ class DiskCache:
     >>> folder.cleanup()
     """
 
+    takes_parts = True
+    """Values in several pieces are written without being joined."""
+
     deadline_s: float | None = None
     """Reading files takes as long as it takes: a thread that does so cannot be stopped."""
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import anyio
 
 from hypernodes._context import await_in_copy
-from hypernodes.cache._store import Store, buffers, size
+from hypernodes.cache._store import Store, buffers, joined, size
 from hypernodes.errors import CacheError
 
 if TYPE_CHECKING:
@@ -116,6 +116,9 @@ class Guard:
         return frozenset(await self.store.find_many(keys))  # type: ignore[attr-defined]
 
     async def _put(self, entries: Mapping[str, Entry]) -> bool:
+        if not getattr(self.store, "takes_parts", False):
+            # Large values come in several pieces; a store of the user's gets bytes.
+            entries = {key: joined(entry) for key, entry in entries.items()}
         await self.store.set_many(entries)
         return True
 

@@ -8,14 +8,19 @@ of two that write at the same time, one is forgotten.
 from __future__ import annotations
 
 import json
+import math
 import struct
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from hypernodes.cache._envelope import Refused, seal, unseal
+from hypernodes._threads import default_threads, in_thread
+from hypernodes.cache._envelope import seal, unseal
 
 if TYPE_CHECKING:
     from hypernodes.cache._guard import Guard
@@ -26,6 +31,10 @@ SHORT = 8
 """Bytes of a digest that are remembered."""
 MOST_ROWS = 100_000
 MOST_CODES = 32
+OFTEN_S = 5.0
+"""Seconds in which what adds little to a history is gathered: to write one is to read and write all of it."""
+LITTLE = 0.01
+"""Of the rows that a history has."""
 _COUNT = struct.Struct("<I")
 _CODE = struct.Struct("<H")
 
@@ -61,6 +70,12 @@ class History:
         record.seconds += seconds
         record.at = time.time()
         self.rows[bytes.fromhex(key)[:SHORT]] = index, digests
+        if len(self.rows) > MOST_ROWS * 1.1:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        for key in list(islice(self.rows, max(len(self.rows) - MOST_ROWS, 0))):
+            del self.rows[key]
 
     def index_of(self, parts: dict[str, str]) -> int:
         """Return the index of a state of the code, which is added if it is new."""
@@ -86,8 +101,7 @@ class History:
         for key, (index, digests) in newer.rows.items():
             self.rows.pop(key, None)
             self.rows[key] = indexes[index], digests
-        while len(self.rows) > MOST_ROWS:
-            del self.rows[next(iter(self.rows))]
+        self._forget_oldest()
         if len(self.codes) > MOST_CODES:
             kept = sorted(range(len(self.codes)), key=lambda index: self.codes[index].at)[-MOST_CODES:]
             moved = {old: new for new, old in enumerate(sorted(kept))}
@@ -118,12 +132,20 @@ class History:
         """Return what :meth:`packed` made.
 
         Raises:
-            ValueError: it is something else.
+            Exception: it is something else; deeply nested JSON, say, makes a ``RecursionError``.
         """
         (length,) = _COUNT.unpack_from(data)
         head = json.loads(bytes(data[_COUNT.size : _COUNT.size + length]))
-        names = tuple(head["names"])
-        codes = [CodeRecord(each["parts"], each["calls"], each["seconds"], each["at"]) for each in head["codes"]]
+        names = tuple(map(_text, head["names"]))
+        codes = [
+            CodeRecord(
+                {_text(name): _text(digest) for name, digest in each["parts"].items()},
+                int(_number(each["calls"])),
+                _number(each["seconds"]),
+                _number(each["at"]),
+            )
+            for each in head["codes"]
+        ]
         width = SHORT + _CODE.size + SHORT * len(names)
         rows: dict[bytes, tuple[int, bytes]] = {}
         for start in range(_COUNT.size + length, len(data) - width + 1, width):
@@ -132,6 +154,18 @@ class History:
             if index < len(codes):
                 rows[row[:SHORT]] = index, row[SHORT + _CODE.size :]
         return cls(names, codes, rows)
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{type(value).__name__} in place of text")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{type(value).__name__} in place of a number")
+    return float(value)
 
 
 class Ledger:
@@ -179,28 +213,99 @@ def history_name(function: str, outputs: Iterable[str]) -> str:
     return "ledger-" + sha256(f"{function} -> {','.join(outputs)}".encode()).hexdigest()
 
 
-async def read_histories(guard: Guard, names: Iterable[str], secret: bytes | None) -> dict[str, History]:
-    """Return what a store remembers of nodes, by name; what is damaged or not signed is forgotten."""
-    histories = {}
-    for name, data in (await guard.get_many(list(names))).items():
-        try:
-            codec, _, payload = unseal(name, data, secret)
-            if codec == CODEC:
-                histories[name] = History.unpacked(payload)
-        except (Refused, ValueError, KeyError, TypeError, struct.error):
-            continue
+class Gathered:
+    """What the runs of this process add to the histories of one store, until it is worth writing. For any thread."""
+
+    __slots__ = ("_lock", "_noted", "_written")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._noted: dict[str, History] = {}
+        self._written: dict[str, tuple[float, int]] = {}
+        """By the name of a history, when it was last written, and how many rows it had."""
+
+    def add(self, noted: Mapping[str, History]) -> dict[str, list[History]]:
+        """Take what a run has noted; return what is to be written now, by name, older first."""
+        now = time.monotonic()
+        due: dict[str, list[History]] = {}
+        with self._lock:
+            for name, newer in noted.items():
+                older = self._noted.pop(name, None)
+                at, rows = self._written.get(name, (-math.inf, 0))
+                added = len(newer.rows) + (len(older.rows) if older else 0)
+                if now - at >= OFTEN_S or added >= rows * LITTLE:
+                    due[name] = [older, newer] if older else [newer]
+                    self._written[name] = now, rows
+                elif older:
+                    older.merge(newer)
+                    self._noted[name] = older
+                else:
+                    self._noted[name] = newer
+        return due
+
+    def written(self, rows: Mapping[str, int]) -> None:
+        """Take note of how many rows histories have."""
+        now = time.monotonic()
+        with self._lock:
+            self._written.update({name: (now, count) for name, count in rows.items()})
+
+    def complete(self, histories: dict[str, History]) -> None:
+        """Add what was gathered to histories as the store has them."""
+        with self._lock:
+            for name, history in histories.items():
+                if name in self._noted:
+                    history.merge(self._noted[name])
+
+
+async def read_histories(
+    guard: Guard, names: Iterable[str], secret: bytes | None, gathered: Gathered
+) -> dict[str, History]:
+    """Return what is remembered of nodes, by name; what a store has that is damaged or not signed is forgotten."""
+    found = await guard.get_many(list(names))
+
+    def opened() -> dict[str, History]:
+        histories = {
+            name: history for name, data in found.items() if (history := _opened(name, data, secret)) is not None
+        }
+        gathered.complete(histories)
+        return histories
+
+    histories: dict[str, History] = (await in_thread(opened, default_threads()))[0]
     return histories
 
 
-async def write_histories(guard: Guard, noted: Mapping[str, History], secret: bytes | None) -> None:
-    """Add to what a store remembers."""
-    known = await read_histories(guard, noted, secret)
+async def write_histories(
+    guard: Guard, noted: Mapping[str, History], secret: bytes | None, gathered: Gathered
+) -> None:
+    """Add to what a store remembers, now or, if it is little, with what comes later."""
+    due = gathered.add(noted)
+    if due:
+        found = await guard.get_many(list(due))
+        (entries, rows), _ = await in_thread(partial(_merged, found, due, secret), default_threads())
+        if await guard.set_many(entries):
+            gathered.written(rows)
+
+
+def _merged(
+    found: Mapping[str, Any], due: Mapping[str, Sequence[History]], secret: bytes | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return what a store is to have from now on, and how many rows each history has."""
     entries: dict[str, Any] = {}
-    for name, newer in noted.items():
-        history = known.get(name)
-        if history is None:
-            history = newer
-        else:
-            history.merge(newer)
-        entries[name] = seal(name, CODEC, b"{}", [history.packed()], secret)
-    await guard.set_many(entries)
+    rows: dict[str, int] = {}
+    for name, added in due.items():
+        known = _opened(name, found[name], secret) if name in found else None
+        first, *others = [known, *added] if known else added
+        for newer in others:
+            first.merge(newer)
+        entries[name] = seal(name, CODEC, b"{}", [first.packed()], secret)
+        rows[name] = len(first.rows)
+    return entries, rows
+
+
+def _opened(name: str, data: Any, secret: bytes | None) -> History | None:
+    """Return a history of a store; None if anything is odd about it."""
+    try:
+        codec, _, payload = unseal(name, data, secret)
+        return History.unpacked(payload) if codec == CODEC else None
+    except Exception:  # noqa: BLE001 - whoever may write the store may have written anything
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,9 @@ SMALL = 64 * 1024
 """Bytes under which entries are gathered and written together."""
 _NUMBERS = frozenset({int, float, complex, bool, type(None)})
 _log = logging.getLogger("hypernodes")
+_CHECKED_AT_ONCE = 500
+_said: weakref.WeakKeyDictionary[Node[..., Any], set[str]] = weakref.WeakKeyDictionary()
+"""What has been said of nodes in this process: a service runs the same ones again and again."""
 _FLIGHTS = Flights()
 
 
@@ -117,7 +121,7 @@ class CacheSession:
         self._fresh: set[str] = set()
         self._broken: set[str] = set()
         self._held: dict[str, Any] = {}
-        self._warned: set[Any] = set()
+        self._warned: set[str] = set()
         self._reasons: dict[Node[..., Any], str] = {}
         self.hashing = Cost()
         """Whether inputs are hashed on the loop or in a thread."""
@@ -143,7 +147,8 @@ class CacheSession:
             salts = {} if node.version is None else {"version": hash_value(node.version)}
             salts |= hash_dependencies(node.depends_on)
         except Exception as error:  # noqa: BLE001 - reading code and values runs the user's code
-            self.warn(("code", node), f"node {node.name!r} is not cached: {error}")
+            self._reasons[node] = str(error)
+            self.warn(node, f"node {node.name!r} is not cached: {error}")
             return None
         names = tuple(sorted(node.parameters))
         parts = {name: digest[:SHORT].hex() for name, digest in {**print_.parts, **salts}.items()}
@@ -218,12 +223,35 @@ class CacheSession:
         else:
             (values, refused), spent = await in_thread(lambda: self._opened(sealed), default_threads())
             cost.measured(spent.seconds / max(len(sealed), 1))
+        for reason in set(refused.values()):
+            self.warn(None, f"entries of the cache are not used, and made anew: {reason}")
         for key in missing:
             if key not in sealed:
                 refused[key] = "it is no longer there"
         self._broken.update(refused)
         self._fresh.difference_update(refused)
         return values, refused
+
+    async def check(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return which entries cannot be used, and why: all are read, and none is unpickled."""
+        refused: dict[str, str] = {}
+        keys = list(keys)
+        for start in range(0, len(keys), _CHECKED_AT_ONCE):
+            some = keys[start : start + _CHECKED_AT_ONCE]
+            sealed: dict[str, Any] = {key: data for key in some if (data := self._buffer.get(key)) is not None}
+            sealed |= await self._guard.get_many([key for key in some if key not in sealed])
+            refused |= (await in_thread(partial(self._unusable, sealed), default_threads()))[0]
+        self._broken.update(refused)
+        return refused
+
+    def _unusable(self, sealed: Mapping[str, Any]) -> dict[str, str]:
+        refused = {}
+        for key, data in sealed.items():
+            try:
+                unseal(key, data, self._secret)
+            except Refused as error:
+                refused[key] = str(error)
+        return refused
 
     def _opened(self, sealed: Mapping[str, Any]) -> tuple[Loaded, dict[str, str]]:
         values = Loaded()
@@ -285,7 +313,7 @@ class CacheSession:
             codec, payload = encode(value)
         except Exception as error:  # noqa: BLE001 - pickling runs the user's code
             self.warn(
-                ("output", code.node),
+                code.node,
                 f"what node {code.node.name!r} returns is not cached: it cannot be pickled ({error}); "
                 f"say cache=False to be quiet about it",
             )
@@ -368,19 +396,18 @@ class CacheSession:
     def uncacheable(self, node: Node[..., Any], reason: str) -> None:
         """Note why a node's results cannot be cached, and say so once."""
         self._reasons[node] = reason
-        self.warn(("input", node), f"node {node.name!r} is not cached: {reason}")
+        self.warn(node, f"node {node.name!r} is not cached: {reason}")
 
     def reason(self, node: Node[..., Any]) -> str:
         """Return why a node's results cannot be cached."""
         return self._reasons.get(node, "an input is not known by value")
 
-    def warn(self, about: Any, message: str) -> bool:
-        """Say something once in a run; return whether this was the first time."""
-        if about in self._warned:
-            return False
-        self._warned.add(about)
-        _log.warning("%s", message)
-        return True
+    def warn(self, about: Any, message: str) -> None:
+        """Say something once in a run; of a node, once in this process."""
+        said = self._warned if not isinstance(about, Node) else _said.setdefault(about, set())
+        if message not in said:
+            said.add(message)
+            _log.warning("%s", message)
 
 
 def _is_small(value: Any) -> bool:

@@ -27,9 +27,10 @@ class Store(Protocol):
         ...
 
     async def set_many(self, entries: Mapping[str, Entry], /) -> None:
-        """Keep each value under its key, in place of an earlier one.
+        """Keep each value, bytes, under its key, in place of an earlier one.
 
-        A value is one buffer of bytes, or several, which are kept as if they were joined.
+        A store that says ``takes_parts = True`` is given large values as a list of buffers, to be kept as if they
+        were joined.
         """
         ...
 
