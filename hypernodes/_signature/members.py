@@ -12,6 +12,7 @@ from typing import Any
 
 from hypernodes._node import Node
 from hypernodes._signature.code import code_of
+from hypernodes._signature.origin import class_module
 
 MUTABLE = (MutableSequence, MutableMapping, MutableSet)
 """What a method such as `append` or `update` changes; elsewhere, such as on a tensor, it may change nothing."""
@@ -44,7 +45,7 @@ def is_own(func: Any, cls: type) -> bool:
     return (
         isinstance(func, FunctionType)
         and func.__code__.co_qualname.startswith(f"{cls.__qualname__}.")
-        and func.__globals__.get("__name__", "builtins") == cls.__module__
+        and func.__globals__.get("__name__", "builtins") == class_module(cls)
     )
 
 

@@ -55,9 +55,13 @@ def foreign_class(cls: type) -> Parts | None:
 
     One that `exec` made in a namespace without a name says that it is in `builtins`.
     """
-    if cls.__module__ == "builtins" and cls.__flags__ & _HEAP_TYPE and vars(builtins).get(cls.__name__) is not cls:
+    if (
+        (module := class_module(cls)) == "builtins"
+        and cls.__flags__ & _HEAP_TYPE
+        and vars(builtins).get(cls.__name__) is not cls
+    ):
         return None
-    return foreign_parts(cls.__module__)
+    return foreign_parts(module)
 
 
 def _folder(module: object) -> str | None:
@@ -123,3 +127,9 @@ def module_name(names: Mapping[str, object]) -> str:
         return found.removesuffix(".__main__")
     file = names.get("__file__")
     return os.path.splitext(os.path.basename(file))[0] if isinstance(file, str) else "__main__"
+
+
+def class_module(cls: type) -> str:
+    """Return the module of a class; empty where its metaclass, or a compiled class, has something else there."""
+    found = type.__dict__["__module__"].__get__(cls)
+    return found if isinstance(found, str) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -20,6 +21,13 @@ from hypernodes._node import Node, node
 from hypernodes._signature.captured import MUTATING_METHODS, Chain, Import, names_in
 from hypernodes._signature.code import code_of
 from hypernodes._signature.dependencies import hash_dependencies
+from hypernodes._signature.foreign import (
+    held_by_compiled,
+    held_in_closure,
+    held_in_object,
+    home_of,
+    is_foreign,
+)
 from hypernodes._signature.members import (
     ABSENT,
     data_of,
@@ -27,7 +35,7 @@ from hypernodes._signature.members import (
     is_generated,
     is_own,
 )
-from hypernodes._signature.origin import foreign_class, foreign_parts, module_name
+from hypernodes._signature.origin import class_module, foreign_class, foreign_parts, module_name
 from hypernodes._signature.scope import asked_for, builtins_of, cells_of, content_of, import_for, module_of, resolve
 from hypernodes._signature.state import State, Variable
 from hypernodes._signature.stream import SCALARS
@@ -41,6 +49,7 @@ _BUILTINS = (
     types.WrapperDescriptorType,
     types.MethodWrapperType,
 )
+_C_ATTRIBUTES = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _MAPPINGS = (dict, MappingProxyType)
 _CONTAINERS = (*_MAPPINGS, list, tuple, set, frozenset)
 _LOGGERS = (logging.Logger, logging.LoggerAdapter, logging.Handler)
@@ -72,7 +81,7 @@ class Walk:
         self._pieces: defaultdict[str, list[bytes]] = defaultdict(list)
         self._names: dict[tuple[object, ...], str] = {}
         self._taken: defaultdict[str, int] = defaultdict(int)
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: deque[tuple[str, Callable[[str], None]]] = deque()
         self._captured: list[_Captured] = []
         self._kept: list[Any] = []  # what the walk itself made: an address names it only while it lives
         self._bound: set[tuple[object, ...]] = set()
@@ -93,7 +102,9 @@ class Walk:
         done = -1
         while done < len(self._captured) or self._waiting:
             while self._waiting:
-                self._waiting.popleft()()
+                part, follow = self._waiting.popleft()
+                with self._whatever_it_is(part):
+                    follow(part)
             done = len(self._captured)
             for each in self._captured[:]:
                 self._weigh(each)
@@ -103,6 +114,19 @@ class Walk:
                 digest = _joined(each.label.encode(), each.digest) if each.label else each.digest
                 pieces.setdefault(each.part, []).append(digest)
         return {name: _joined(*found) for name, found in pieces.items()}, tuple(sorted(self._opaque))
+
+    @contextlib.contextmanager
+    def _whatever_it_is(self, part: str, value: Any = None) -> Iterator[None]:
+        """An object may raise whatever it likes when it is looked at; it is opaque then, and the others count."""
+        try:
+            yield
+        except UncacheableError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a fingerprint is taken of what the user has, odd or not
+            kind = type(error if value is None else value)
+            name = f"{class_module(kind)}.{kind.__qualname__}"
+            self._opaque.add(f"{part}: {name}")
+            self._pieces[part].append(name.encode())
 
     # ---- code that is referred to
 
@@ -126,15 +150,17 @@ class Walk:
         if isinstance(value, _BUILTINS):
             return self._builtin(value)
         kind = type(value)
-        if kind.__module__.startswith("hypernodes.") and (plan := getattr(value, "plan", None)) is not None:
+        made_in = class_module(kind)
+        if made_in.startswith("hypernodes.") and (plan := getattr(value, "plan", None)) is not None:
             return self._pipeline(value, plan)
         if not callable(value) or foreign_class(kind) is None:
             return None
         own = getattr(value, "__dict__", {})
         if "__wrapped__" in own:
-            return self._wrapper(value, kind.__module__, kind.__qualname__)
-        if "__name__" in own or "__name__" in kind.__dict__:  # such as numpy.sin
-            return self._foreign(str(getattr(value, "__module__", "") or kind.__module__), value.__name__)
+            return self._wrapper(value, made_in, kind.__qualname__)
+        if isinstance(kind.__dict__.get("__name__"), _C_ATTRIBUTES):  # such as numpy.sin
+            return self._compiled(value, kind)
+        self._hold(value, kind)  # what an object says of its own name is not where its code is
         return None
 
     def _entity(self, key: tuple[object, ...], name: str, follow: Callable[[str], None] | None = None) -> str:
@@ -145,7 +171,7 @@ class Walk:
             number = self._taken[name]
             known = self._names[key] = name if number == 1 else f"{name} #{number}"
             if follow is not None:
-                self._waiting.append(functools.partial(follow, known))
+                self._waiting.append((known, follow))
         return known
 
     def _foreign(self, module: str, name: str) -> str:
@@ -154,12 +180,14 @@ class Walk:
         return f"{module}.{name}"
 
     def _function(self, func: FunctionType) -> str:
-        module = func.__globals__.get("__name__") or func.__module__ or ""
-        # Functions that are built in are of another type: without a module's name it was made by `exec`.
-        if module not in ("", "builtins", "__main__", "__mp_main__") and foreign_parts(module) is not None:
+        if is_foreign(func):
+            module, kind = func.__globals__.get("__name__") or func.__module__, func.__code__.co_qualname
             if "__wrapped__" in func.__dict__:
-                return self._wrapper(func, module, func.__code__.co_qualname)
-            return self._foreign(module, func.__code__.co_qualname)
+                return self._wrapper(func, module, kind)
+            name = self._foreign(module, kind)
+            if func.__closure__ and any(held_in_closure(func)):
+                return self._entity((id(func),), name, lambda part: self._follow_closure(func, part))
+            return name
         name = f"function {func.__code__.co_qualname!r} (module {module_name(func.__globals__)!r})"
         return self._entity((id(func),), name, lambda part: self._follow_function(func, part))
 
@@ -187,6 +215,8 @@ class Walk:
         self._bind(part, (id(wrapper), "__wrapped__"), inner)
         if "registry" in wrapper.__dict__:  # functools.singledispatch
             self._capture(f"registry of {_inner_name(wrapper)}", wrapper.registry)
+        elif isinstance(wrapper, FunctionType):
+            self._follow_closure(wrapper, part, inner)
         while not isinstance(inner, FunctionType) and hasattr(inner, "__wrapped__"):
             inner = inner.__wrapped__
         while isinstance(inner, FunctionType) and "__wrapped__" in inner.__dict__:
@@ -195,6 +225,32 @@ class Walk:
             written = code_of(inner)
             decorators = [digest for chain, digest in written.decorators if chain and resolve(inner, chain) is not node]
             self._pieces[f"decorators of {_inner_name(wrapper)}"] = [*decorators, written.annotations]
+
+    def _follow_closure(self, func: FunctionType, part: str, known: Any = None) -> None:
+        """What somebody else's function was made with, such as the functions that it calls."""
+        for name, cell, value in held_in_closure(func):
+            if value is not known:
+                self._bind(f"closure variable {name!r} of {part}", ("cell", id(cell)), value)
+
+    def _compiled(self, value: Any, kind: type) -> str:
+        """A function of an extension module, such as numpy.sin, or one that was made around another function."""
+        name = str(getattr(value, "__qualname__", None) or value.__name__)
+        if home := home_of(value, name):
+            return self._foreign(home, name)
+
+        def follow(part: str) -> None:
+            held = held_by_compiled(value)
+            for number, each in enumerate(held):
+                self._bind(part, (id(value), number), each)
+            if not held:
+                self._opaque.add(part)
+
+        return self._entity((id(value),), f"{self._foreign(kind.__module__, kind.__qualname__)} {name!r}", follow)
+
+    def _hold(self, value: Any, kind: type) -> None:
+        """A callable object of somebody else's class, which counts by value: it calls what it holds, also in private."""
+        for name, each in held_in_object(value):
+            self._bind(f"{name!r} of {kind.__module__}.{kind.__qualname__}", (id(value), name), each)
 
     def _module(self, module: ModuleType) -> str:
         if foreign_parts(module.__name__) is not None:
@@ -279,7 +335,8 @@ class Walk:
 
     def _uses(self, func: FunctionType, owner: str) -> None:
         code = code_of(func)
-        self._state.note(func)
+        with self._whatever_it_is(owner):
+            self._state.note(func)
         imports: defaultdict[str, list[Import]] = defaultdict(list)
         for each in code.uses.imports:
             imports[each.name].append(each)
@@ -295,7 +352,9 @@ class Walk:
                 if name != "__class__":
                     cell = cells[name]
                     value = content_of(cell)
-                    self._bind(f"closure variable {name!r} of {owner}", ("cell", id(cell)), value, chain=chain)
+                    part = f"closure variable {name!r} of {owner}"
+                    with self._whatever_it_is(part, value):
+                        self._bind(part, ("cell", id(cell)), value, chain=chain)
             else:
                 self._read_name(func.__globals__, chain)
 
@@ -310,7 +369,11 @@ class Walk:
                 return
         else:
             value = names[name]
-        module = module_name(names)
+        with self._whatever_it_is(f"global {name!r} (module {module_name(names)!r})", value):
+            self._read_value(names, chain, value)
+
+    def _read_value(self, names: dict[str, Any], chain: Chain, value: Any) -> None:
+        name, module = chain[0], module_name(names)
         if isinstance(value, ModuleType) and len(chain) > 1 and foreign_parts(value.__name__) is None:
             self._bind(f"global {name!r} (module {module!r})", (id(names), name), value, f"module {name!r}")
             self._read_name(vars(value), chain[1:])
@@ -381,7 +444,8 @@ class Walk:
             without = self._state.written_attributes(value)
             if captured.without != without:
                 captured.without = without
-                captured.digest = self._digest(value, captured.part, without)
+                with self._whatever_it_is(captured.part, value):
+                    captured.digest = self._digest(value, captured.part, without)
 
     def _digest(self, value: Any, name: str, without: frozenset[str]) -> bytes:
         classes: set[type] = set()
@@ -409,7 +473,7 @@ class Walk:
         if (name := self._reference(value)) is not None:
             return _CODE, name
         if (origin := typing.get_origin(value)) is not None:
-            return _CODE, *(self._plain(each, opaque, within) for each in (origin, *value.__args__))
+            return _CODE, *(self._plain(each, opaque, within) for each in (origin, *typing.get_args(value)))
         return self._by_class(value, opaque, within) if opaque else value
 
     def _plain_container(self, value: Any, opaque: str, within: tuple[int, ...]) -> Any:
@@ -440,7 +504,7 @@ class Walk:
                 return self._attributes_of(value, opaque, self._state.written_attributes(value), (*within, id(value)))
         finally:
             self._follow_classes(classes)
-        self._opaque.add(f"{opaque}: {kind.__module__}.{kind.__qualname__}")
+        self._opaque.add(f"{opaque}: {class_module(kind)}.{kind.__qualname__}")
         return _CODE, self._class(kind)
 
     def _attributes_of(self, value: Any, name: str, without: frozenset[str], within: tuple[int, ...] = ()) -> Any:
@@ -453,14 +517,14 @@ class Walk:
         return _CODE, self._class(type(value)), tuple(sorted(state.items()))
 
     def _follow_classes(self, classes: set[type]) -> None:
-        for each in sorted(classes, key=lambda each: (each.__module__, each.__qualname__)):
+        for each in sorted(classes, key=lambda each: (class_module(each), each.__qualname__)):
             self._class(each)
 
     # ---- classes
 
     def _class(self, cls: type) -> str:
         if foreign_class(cls) is not None:
-            return self._foreign(cls.__module__, cls.__qualname__)
+            return self._foreign(class_module(cls), cls.__qualname__)
         name = f"class {cls.__qualname__!r} (module {_module_of(cls)!r})"
         return self._entity((id(cls),), name, lambda part: self._follow_class(cls, part))
 
@@ -494,7 +558,7 @@ class Walk:
 
     def _follow_annotation(self, cls: type, annotation: str) -> None:
         """Follow the classes that a field is annotated with, where annotations are kept as text."""
-        names = getattr(sys.modules.get(cls.__module__), "__dict__", {})
+        names = getattr(sys.modules.get(class_module(cls)), "__dict__", {})
         for name in names_in(annotation):
             if isinstance(names.get(name), type):
                 self._read_name(names, (name,))
@@ -512,7 +576,7 @@ def _is_salted(value: Node[..., Any]) -> bool:
 
 
 def _module_of(cls: type) -> str:
-    return module_name(getattr(sys.modules.get(cls.__module__), "__dict__", {"__name__": cls.__module__}))
+    return module_name(getattr(sys.modules.get(class_module(cls)), "__dict__", {"__name__": class_module(cls)}))
 
 
 def _inner_name(value: Any) -> str:
@@ -525,5 +589,8 @@ def _inner_name(value: Any) -> str:
 def _defaults(func: FunctionType) -> Iterator[tuple[str, Any]]:
     code = func.__code__
     if values := func.__defaults__:
-        yield from zip(code.co_varnames[code.co_argcount - len(values) : code.co_argcount], values, strict=True)
+        # A wrapper `(*args, **kwargs)` may bear those of what it wraps, and has no parameters to name them by.
+        names = code.co_varnames[: code.co_argcount]
+        for position, value in enumerate(values, start=len(names) - len(values)):
+            yield names[position] if position >= 0 else str(position), value
     yield from sorted((func.__kwdefaults__ or {}).items())

@@ -1,0 +1,116 @@
+"""Fingerprints of what people have in their modules: typing's own objects, odd classes, registries, vendored code."""
+
+import importlib
+import sys
+import textwrap
+import typing
+
+import pytest
+
+from hypernodes._signature.code import fingerprint, hash_code
+from hypernodes._signature.values import hash_value
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module of always the same name into a folder of its own, and imports it anew."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(text, name="trial"):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / f"{name}.py").write_text(textwrap.dedent(text))
+        monkeypatch.syspath_prepend(folder)
+        sys.modules.pop(name, None)
+        return importlib.import_module(name)
+
+    yield write
+    sys.modules.pop("trial", None)
+
+
+def changed(one, other):
+    return {name for name in {*one.parts, *other.parts} if one.parts.get(name) != other.parts.get(name)}
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    ["List", "Dict", "Callable", "Iterable", "Optional[List]", "Union", "Annotated[int, 3]", "Callable[..., List]"],
+)
+def test_bare_generics_of_typing_count_in_fields_code_and_containers(module, annotation):
+    text = """
+        from dataclasses import dataclass
+        from typing import *
+
+        KINDS = [{0}]
+
+        @dataclass
+        class Config:
+            names: {0}
+
+        def f(config):
+            return isinstance(config, Config), {0}, KINDS
+        """
+    one = module(text.format(annotation))
+    before = fingerprint(one.f)
+    assert before.opaque == ()
+    assert fingerprint(module(text.format(annotation)).f) == before
+    other = fingerprint(module(text.format("Sequence")).f)
+    assert changed(before, other) >= {"class 'Config' (module 'trial')", "global 'KINDS' (module 'trial')"}
+    assert hash_value(one.Config(["a"])) and hash_code(one.Config)
+
+
+def test_what_raises_when_it_is_looked_at_counts_by_its_class(module):
+    loaded = module("""
+        class Proxy:
+            @property
+            def __class__(self):
+                raise RuntimeError("nothing is bound")
+
+        PROXY, K = Proxy(), 3
+
+        def f(x):
+            return PROXY, K
+        """)
+    before = fingerprint(loaded.f)
+    assert before.opaque == ("global 'PROXY' (module 'trial'): trial.Proxy",)
+    loaded.K = 4
+    assert changed(fingerprint(loaded.f), before) == {"global 'K' (module 'trial')"}
+
+
+def test_defaults_of_a_wrapper_without_named_parameters_count(module):
+    loaded = module("""
+        def f(*args, **kwargs):
+            return args
+
+        f.__defaults__ = (1, 2)
+        """)
+    before = fingerprint(loaded.f)
+    loaded.f.__defaults__ = (1, 3)
+    assert len(changed(fingerprint(loaded.f), before)) == 1
+
+
+def test_a_class_whose_metaclass_has_another_use_for_module_is_followed(module):
+    text = """
+        class Meta(type):
+            __module__ = property(lambda cls: cls)
+
+        class A(metaclass=Meta):
+            def m(self):
+                return {0}
+
+        def f(x):
+            return A().m()
+
+        a = A()
+
+        def g(x):
+            return a
+        """
+    one, other = module(text.format(1)), module(text.format(2))
+    assert changed(fingerprint(one.f), fingerprint(other.f)) == {"class 'A' (module 'trial')"}
+    assert fingerprint(one.g).digest != fingerprint(other.g).digest
+
+
+@pytest.mark.parametrize("annotation", [typing.List, typing.Callable, typing.Optional[typing.List]])  # noqa: UP006, UP045
+def test_generics_can_be_captured_alone(annotation):
+    assert fingerprint(lambda: annotation).opaque == ()
