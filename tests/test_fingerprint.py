@@ -724,6 +724,95 @@ def test_hypernodes_itself_counts_by_its_version():
     assert not any(each.startswith("class") for each in fingerprint(f).parts)
 
 
+THIRD = """
+def twice(f):
+    def inner(x):
+        return f(f(x))
+    return inner
+
+def chained(*functions, start=0):
+    calls = 0
+    def inner(x):
+        nonlocal calls
+        calls += 1
+        for f in functions:
+            x = f(x + start)
+        return x
+    return inner
+
+class Tool:
+    def __init__(self, f):
+        self.title, self._f = "tool", f
+    def __call__(self, x):
+        return self._f(x)
+"""
+
+
+@pytest.fixture
+def third(tmp_path, monkeypatch):
+    """An installed package."""
+    name = f"third_{tmp_path.name.replace('-', '_')}"
+    folder = tmp_path / "site-packages"
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(THIRD)
+    about = folder / f"{name}-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "RECORD").write_text(f"{name}/__init__.py,,\n")
+    monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)
+
+
+def edited(text):
+    """A function `g`, as it is written."""
+    names = {"__name__": "edited"}
+    exec(text, names)
+    return names["g"]
+
+
+G = "def g(x):\n    return x + 1"
+AROUND = {
+    "closure": lambda third, g: third.twice(g),
+    "several": lambda third, g: third.chained(abs, g),
+    "around another": lambda third, g: third.twice(third.twice(g)),
+    "private attribute": lambda third, g: third.Tool(g),
+    "wrapped": lambda third, g: functools.wraps(abs)(third.chained(abs, g)),
+    "numpy.vectorize": lambda third, g: pytest.importorskip("numpy").vectorize(g),
+    "numpy.frompyfunc": lambda third, g: pytest.importorskip("numpy").frompyfunc(g, 1, 1),
+}
+
+
+@pytest.mark.parametrize("how", AROUND)
+def test_what_somebody_elses_code_holds_of_the_project_counts(third, how):
+    def found(text):
+        held = AROUND[how](third, edited(text))
+        return fingerprint(lambda x: held(x)), fingerprint(held)
+
+    before = found(G)
+    assert found(G) == before
+    for old, new in zip(before, found(G.replace("1", "2")), strict=True):
+        assert "function 'g' (module 'edited')" in changed(new, old)
+
+
+def test_what_somebody_elses_function_was_made_with_counts_but_for_what_it_counts_itself(third):
+    def found(start, calls=0):
+        held = third.chained(edited(G), start=start)
+        for _ in range(calls):
+            held(1)
+        return fingerprint(held)
+
+    assert found(1) == found(1, calls=2) != found(2)
+
+
+def test_compiled_functions_count_by_name_and_by_the_package_that_has_them():
+    numpy = pytest.importorskip("numpy")
+    found = fingerprint(lambda x: numpy.sin(x))
+    assert found.opaque == fingerprint(numpy.sin).opaque == ()
+    assert fingerprint(numpy.sin) != fingerprint(numpy.cos)
+    assert fingerprint(numpy.frompyfunc(abs, 1, 1)).opaque == ("numpy.ufunc 'abs (vectorized)'",)
+
+
 # ---- nodes that are called
 
 

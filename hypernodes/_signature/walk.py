@@ -248,7 +248,7 @@ class Walk:
         return self._entity((id(value),), f"{self._foreign(kind.__module__, kind.__qualname__)} {name!r}", follow)
 
     def _hold(self, value: Any, kind: type) -> None:
-        """A callable object of somebody else's class, which counts by value: it calls what it holds, also in private."""
+        """A callable object of somebody else's class, which counts by value: it calls what it holds, in private too."""
         for name, each in held_in_object(value):
             self._bind(f"{name!r} of {kind.__module__}.{kind.__qualname__}", (id(value), name), each)
 
