@@ -319,7 +319,7 @@ class Trace(list[Any]):
             except UncacheableError as error:
                 name = next(name for name, each in step.parameters if each == slot)
                 said = str(error).removeprefix("value")
-                self.recipe.tracer.session.uncacheable(step.node, f"input {name}{said}")
+                self.recipe.tracer.session.uncacheable(step.node, f"input {name!r}{said}")
                 digest = NO_DIGEST
             self._learned(slot, digest)
             template = self.recipe.template
