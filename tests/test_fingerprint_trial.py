@@ -56,7 +56,8 @@ def test_bare_generics_of_typing_count_in_fields_code_and_containers(module, ann
     assert fingerprint(module(text.format(annotation)).f) == before
     other = fingerprint(module(text.format("Sequence")).f)
     assert changed(before, other) >= {"class 'Config' (module 'trial')", "global 'KINDS' (module 'trial')"}
-    assert hash_value(one.Config(["a"])) and hash_code(one.Config)
+    assert hash_value(one.Config(["a"])) == hash_value(one.Config(["a"]))
+    assert hash_code(one.Config) != hash_code(one.f)
 
 
 def test_what_raises_when_it_is_looked_at_counts_by_its_class(module):
@@ -114,3 +115,35 @@ def test_a_class_whose_metaclass_has_another_use_for_module_is_followed(module):
 @pytest.mark.parametrize("annotation", [typing.List, typing.Callable, typing.Optional[typing.List]])  # noqa: UP006, UP045
 def test_generics_can_be_captured_alone(annotation):
     assert fingerprint(lambda: annotation).opaque == ()
+
+
+def vendored(folder, top, info, listing, version="1.0"):
+    """Write a package and what its installation left beside it."""
+    (folder / top).mkdir(parents=True)
+    (folder / top / "__init__.py").write_text("def g(x):\n    return x\n")
+    (folder / info).mkdir()
+    (folder / info / ("METADATA" if info.endswith("dist-info") else "PKG-INFO")).write_text(
+        f"Name: Some-{top}\nVersion: {version}\n\n"
+    )
+    (folder / info / listing[0]).write_text(listing[1])
+
+
+@pytest.mark.parametrize(
+    ("info", "listing", "part"),
+    [
+        ("a-1.0.dist-info", ("RECORD", "{0}/__init__.py,sha256=x,9\n"), "package 'Some-{0}' 1.0"),
+        ("a-1.0.dist-info", ("top_level.txt", "{0}\n"), "package 'Some-{0}' 1.0"),
+        ("a-1.0.dist-info", ("RECORD", "__editable__.{0}.pth,,\n"), "function 'g' (module '{0}')"),
+        ("a.egg-info", ("top_level.txt", "{0}\n"), "function 'g' (module '{0}')"),
+    ],
+)
+def test_packages_installed_into_a_folder_count_by_version_and_editable_ones_by_their_code(
+    tmp_path, monkeypatch, module, info, listing, part
+):
+    top = f"vendored_{abs(hash(str(tmp_path)))}"
+    vendored(tmp_path / "vendor", top, info, (listing[0], listing[1].format(top)))
+    monkeypatch.syspath_prepend(tmp_path / "vendor")
+    loaded = module(f"import {top}\ndef f(x):\n    return {top}.g(x)\n")
+    parts = set(fingerprint(loaded.f).parts)
+    sys.modules.pop(top)
+    assert {each for each in parts if top in each and not each.startswith("global")} == {part.format(top)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -29,7 +30,7 @@ def foreign_parts(module: str) -> Parts | None:
 
     Third-party code counts by its distribution's version, the standard library by Python's minor version, a compiled
     extension module of the project by its file, and what is built into Python not at all. Code installed in editable
-    mode is project code.
+    mode is project code. What `pip install --target` put into any other folder is third-party code.
     """
     top = module.partition(".")[0]
     if top == "hypernodes" and module.partition(".")[2].partition(".")[0] != "demo":
@@ -77,7 +78,7 @@ def _parts_of(top: str, file: str | None) -> Parts | None:
     installed = not set(_INSTALLED).isdisjoint(path.split(os.sep))
     if not installed and path.startswith(_STANDARD_LIBRARY):
         return _named(f"Python {_VERSION}")
-    if installed and (found := _distributions(top)):
+    if found := _distributions(top) if installed else _beside(top, os.path.abspath(file)):
         return _named(*(f"package {name!r} {version}" for name, version in found))
     if path.endswith((".so", ".pyd", ".dylib")):
         with open(path, "rb") as opened:
@@ -101,6 +102,35 @@ def _distributions(top: str) -> list[tuple[str, str]]:
     except metadata.PackageNotFoundError:
         pass
     return [_name_and_version(metadata.distribution(name)) for name in sorted(set(_providers().get(top, [])))]
+
+
+def _beside(top: str, file: str) -> list[tuple[str, str]]:
+    """Return the distributions that a module outside of `site-packages` was installed from, if it was installed."""
+    found = {}
+    while (folder := os.path.dirname(file)) != file:
+        if os.path.basename(file).partition(".")[0] == top:
+            found.update(_installed_in(folder).get(top, {}))
+        file = folder
+    return sorted(found.items())
+
+
+@functools.lru_cache(maxsize=256)
+def _installed_in(folder: str) -> Mapping[str, Mapping[str, str]]:
+    """Return the distributions that say they have installed top-level modules into a folder, with their versions.
+
+    A `*.dist-info` lists its files, but for those of a project in editable mode; `*.egg-info` is made by building.
+    """
+    from importlib import metadata
+
+    found: dict[str, dict[str, str]] = {}
+    with contextlib.suppress(OSError):
+        for entry in sorted(os.listdir(folder)):
+            if entry.endswith(".dist-info"):
+                distribution = metadata.Distribution.at(os.path.join(folder, entry))
+                listed = distribution.read_text("RECORD") or distribution.read_text("top_level.txt") or ""
+                for top in {line.partition(",")[0].partition("/")[0].partition(".")[0] for line in listed.splitlines()}:
+                    found.setdefault(top, {}).update([_name_and_version(distribution)])
+    return found
 
 
 def _name_and_version(distribution: Distribution) -> tuple[str, str]:
