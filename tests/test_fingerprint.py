@@ -462,6 +462,31 @@ READ = {
         "global 'ts'",
     ),
     "nothing yet": ("", "return K", "K = 1", "global 'K'"),
+    "default of a lazy method": (
+        "class A:\n    def f(self):\n        if self.k is None: self.k = 10\n        return self.k\na = A(); a.k = 2",
+        "return a.f()",
+        "a.k = 3",
+        "global 'a'",
+    ),
+    "default of a lazy method, set by another": (
+        ("class A:\n    def load(self): self.k = 10\n    def f(self):\n        if self.k is None: self.load()\n"
+        "        return self.k\na = A(); a.k = 2"),
+        "return a.f()",
+        "a.k = 3",
+        "global 'a'",
+    ),
+    "default by or": (
+        "class A:\n    def f(self):\n        self.k = self.k or 10\n        return self.k\na = A(); a.k = 2",
+        "return a.f()",
+        "a.k = 3",
+        "global 'a'",
+    ),
+    "default from outside": (
+        "class A: pass\na = A(); a.k = 2",
+        "a.k = 10 if a.k is None else a.k; return a.k",
+        "a.k = 3",
+        "global 'a'",
+    ),
     "docstring": ("def g(): 'one'", "return g.__doc__", "g.__doc__ = 'two'", "attribute '__doc__' of global 'g'"),
     "unused method that writes": (
         "class A:\n    w = 1\n    def fit(self): self.w = 5\n    def use(self): return self.w\na = A(); a.w = 2",
@@ -487,6 +512,17 @@ WRITTEN = {
     "class attribute": ("class A: n = 0", "A.n += 1"),
     "attribute's list": ("class A: pass\na = A(); a.log = []", "a.log.append(x)"),
     "method that writes": ("class A:\n    def hit(self): self.n += 1\na = A(); a.n = 0", "a.hit()"),
+    "method that notes": (
+        "class A:\n    def hit(self, x):\n        self.last = x\n        return self.last\na = A(); a.last = 0",
+        "a.hit(x)",
+    ),
+    "noted and shown": (
+        (
+            "class A:\n    def hit(self, x): self.last = x\n    def __repr__(self): return str(self.last)\n"
+            "a = A(); a.last = 0"
+        ),
+        "a.hit(x)",
+    ),
     "method that appends": ("class A:\n    def hit(self): self.log.append(1)\na = A(); a.log = []", "a.hit()"),
     "class method that writes": ("class A:\n    n = 0\n    @classmethod\n    def hit(cls): cls.n += 1", "A.hit()"),
     "callable object": ("class A:\n    def __call__(self, x): self.n += 1\na = A(); a.n = 0", "a(x)"),

@@ -140,6 +140,9 @@ class _Use:
         self._next_is_changed = chain[-1] in MUTATING_FUNCTIONS
         if chain[0] not in self._parameters:
             self.uses.reads.add(chain)
+        writes = self._writes(chain)
+        if len(chain) > 1 and not any(chain[: len(each)] == each for each in writes.stored):
+            writes.read_first.add(chain)
         if chain[-1] in MUTATING_METHODS and len(chain) > 1:
             self._writes(chain).called.add(chain[:-1])
 
@@ -151,8 +154,11 @@ class _Use:
         elif each.opname in ("STORE_ATTR", "DELETE_ATTR"):
             self.uses.attributes.add(each.argval)
             if chain := self._written(start):
-                stored = chain if chain[-1] == each.argval and len(chain) > 1 else (*chain, each.argval)
+                augmented = chain[-1] == each.argval and len(chain) > 1
+                stored = chain if augmented else (*chain, each.argval)
                 self._writes(chain).stored.add(stored)
+                if augmented:
+                    self._writes(chain).augmented.add(stored)
         elif each.opname in _ITEM_STORES and (chain := self._written(start)):
             self._writes(chain).mutated.add(chain)
         elif each.opname in ("LOAD_ATTR", "LOAD_METHOD"):

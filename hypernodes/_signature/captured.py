@@ -83,6 +83,10 @@ class Writes:
     """``global n; n = 1``."""
     stored: set[Chain] = field(default_factory=set)
     """``counter.n = 1``: the last of the chain is the attribute."""
+    augmented: set[Chain] = field(default_factory=set)
+    """Those of them that ``counter.n += 1`` stores."""
+    read_first: set[Chain] = field(default_factory=set)
+    """Attributes that are read, before they are stored if they are: ``if model.k is None: model.k = 10``."""
     mutated: set[Chain] = field(default_factory=set)
     """``seen[x] = 1``."""
     called: set[Chain] = field(default_factory=set)
@@ -124,6 +128,11 @@ def names_in(annotation: str) -> list[str]:
     except SyntaxError:
         return []
     return sorted({each.id for each in ast.walk(tree) if isinstance(each, ast.Name)})
+
+
+def takes_over(writes: Writes, stored: Chain) -> bool:
+    """Say whether what an attribute is given takes the place of one that is not read before: that one is no input."""
+    return stored in writes.augmented or all(each[: len(stored)] != stored for each in writes.read_first)
 
 
 class _Reader(ast.NodeVisitor):
@@ -180,6 +189,17 @@ class _Reader(ast.NodeVisitor):
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _visit_comprehension  # noqa: N815
 
+    def visit_Assign(self, node: ast.Assign) -> None:
+        # `x.k = x.k or 10` may leave what is there; `x.n = x.n + 1` counts, as `x.n += 1` does.
+        kept = any(isinstance(each, ast.BoolOp | ast.IfExp) for each in ast.walk(node.value))
+        self._visit_all([node.value, *node.targets] if kept else [*node.targets, node.value])
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        chain, whole = _chain(node.target)
+        if whole and len(chain) > 1:
+            self._wrote("augmented", chain)
+        self.generic_visit(node)
+
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         self._visit_all([node.target] if node.value is None else [node.value, node.target])
 
@@ -219,6 +239,8 @@ class _Reader(ast.NodeVisitor):
             self.visit(node.value)
             return
         self.uses.attributes.update(chain[1:])
+        if isinstance(node.ctx, ast.Load):
+            self._read(chain)
         if self._is_outer(chain[0]):
             self.uses.reads.add(chain if isinstance(node.ctx, ast.Load) else chain[:-1])
 
@@ -244,6 +266,11 @@ class _Reader(ast.NodeVisitor):
             getattr(self.uses.outer, how).add(chain)
         elif chain[0] in self._parameters:
             getattr(self.uses.parameters, how).add(chain)
+
+    def _read(self, chain: Chain) -> None:
+        writes = self.uses.outer if self._is_outer(chain[0]) else self.uses.parameters
+        if not any(chain[: len(each)] == each for each in writes.stored):
+            self._wrote("read_first", chain)
 
     def _is_outer(self, name: str) -> bool:
         return name not in self._local or name in self._imported

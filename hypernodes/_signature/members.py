@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 from hypernodes._node import Node
+from hypernodes._signature.captured import Chain, Writes, takes_over
 from hypernodes._signature.code import code_of
 from hypernodes._signature.origin import class_module
 
@@ -18,6 +19,7 @@ MUTABLE = (MutableSequence, MutableMapping, MutableSet)
 """What a method such as `append` or `update` changes; elsewhere, such as on a tensor, it may change nothing."""
 
 _MAKING = frozenset({"__init__", "__new__", "__post_init__", "__setstate__", "__init_subclass__", "__set_name__"})
+_TELLING = frozenset({"__repr__", "__str__"})
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType, type(namedtuple("_One", "field").__dict__["field"]))
 _FIELD_MARKS = frozenset({"__dataclass_fields__", "__attrs_attrs__", "_field_defaults"})
 _FIELD_OPTIONS = ("default", "default_factory", "init", "repr", "hash", "compare", "kw_only")
@@ -110,22 +112,29 @@ def written_on_self(cls: type, mentioned: Collection[str], instance: Any = None)
     Without an instance, the attributes of the class itself: those that a class method sets, or that are changed
     in place.
     """
-    written = set()
+    written: set[str] = set()
+    replaced: set[Chain] = set()
+    all_of_them = Writes()
     for owner in cls.__mro__[:-1]:
         for name, member in owner.__dict__.items():
             called = name in mentioned or (name.startswith("__") and name.endswith("__") and name not in _MAKING)
             for func in functions_of(member) if called and not isinstance(member, staticmethod) else ():
                 if is_own(func, owner):
                     sets = instance is not None or isinstance(member, classmethod)
-                    written |= _written(func, cls if instance is None else instance, sets=sets)
-    return written
+                    written |= _written(func, cls if instance is None else instance)
+                    writes, first = code_of(func).uses.parameters, func.__code__.co_varnames[:1]
+                    replaced |= {each[1:] for each in writes.stored if each[:1] == first and (sets or len(each) > 2)}
+                    all_of_them.augmented |= {each[1:] for each in writes.augmented if each[:1] == first}
+                    if name not in _TELLING:
+                        all_of_them.read_first |= {each[1:] for each in writes.read_first if each[:1] == first}
+    return written | {each[0] for each in replaced if takes_over(all_of_them, each)}
 
 
-def _written(func: FunctionType, owner: Any, *, sets: bool) -> set[str]:
+def _written(func: FunctionType, owner: Any) -> set[str]:
+    """Return the attributes that a method changes in place."""
     writes = code_of(func).uses.parameters
     first = func.__code__.co_varnames[:1]
     found = {chain[1] for chain in writes.mutated if chain[:1] == first and len(chain) > 1}
-    found |= {chain[1] for chain in writes.stored if chain[:1] == first and (sets or len(chain) > 2)}
     for chain in writes.called | writes.called_inside:
         if chain[:1] == first and len(chain) > 1 and isinstance(member(owner, chain[1]), MUTABLE):
             found.add(chain[1])

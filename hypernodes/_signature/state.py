@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias
 
+from hypernodes._signature.captured import takes_over
 from hypernodes._signature.code import code_of
 from hypernodes._signature.members import ABSENT, MUTABLE, written_on_self
 from hypernodes._signature.origin import foreign_class
@@ -38,7 +40,7 @@ class State:
         cells = cells_of(func)
         for name in writes.rebound:
             self._variables.add(("cell", id(cells[name])) if name in cells else (id(func.__globals__), name))
-        for chain in writes.stored:
+        for chain in filter(functools.partial(takes_over, writes), writes.stored):
             self._note_attribute(resolve(func, chain[:-1]), chain[-1])
         for chain in (*writes.mutated, *writes.called, *writes.called_inside):
             value = resolve(func, chain)
