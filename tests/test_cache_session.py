@@ -1,15 +1,20 @@
 """One run's use of a cache: what it gathers, writes, remembers and forgets."""
 
 import asyncio
+import json
 import os
+import struct
+import threading
 from functools import partial
 
 import anyio
 import pytest
 
 from hypernodes import Pipeline, node
-from hypernodes.cache import _buffer
+from hypernodes.cache import _buffer, _ledger, _session
 from hypernodes.cache._buffer import buffer_of, identity
+from hypernodes.cache._envelope import seal
+from hypernodes.cache._ledger import History, Ledger
 from hypernodes.cache._session import CacheSession, _place
 from tests._caching import PATIENCE_S
 
@@ -36,6 +41,24 @@ class Kept:
         await anyio.sleep(0)
         for key, parts in entries.items():
             self.entries[key] = parts if isinstance(parts, bytes) else b"".join(parts)
+
+
+def recorded(monkeypatch):
+    """The sessions that are opened from now on."""
+    sessions = []
+    begin = CacheSession.__init__
+
+    def noted(self, *args, **options):
+        begin(self, *args, **options)
+        sessions.append(self)
+
+    monkeypatch.setattr(CacheSession, "__init__", noted)
+    return sessions
+
+
+def reasons(explained):
+    """Why each node would run."""
+    return [reason.why for each in explained for reason in each.reasons]
 
 
 class Unhashable(Kept):
@@ -115,6 +138,191 @@ def test_a_forked_child_has_buffers_of_its_own():
             os._exit(0 if not buffer_of(identity(store)) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert buffer_of(identity(store)) is buffer
+
+
+# ---- what is kept in memory
+
+
+async def test_a_run_without_end_keeps_what_it_knows_of_its_entries_in_bounds(monkeypatch):
+    """However many entries a run makes, it knows the latest of them."""
+    monkeypatch.setattr(_session, "MOST_FRESH", 100)
+    sessions = recorded(monkeypatch)
+
+    @node("y")
+    def same(x):
+        return x
+
+    rows = 2_000
+    assert len((await Pipeline([same], cache=Kept()).amap({"x": list(range(rows))}, "x"))["y"]) == rows
+    [session] = sessions
+    assert len(session._fresh) == 100
+
+
+async def test_entries_that_are_asked_for_stay_known(monkeypatch):
+    """What every row of a refreshed map shares is made once, however many rows there are."""
+    monkeypatch.setattr(_session, "MOST_FRESH", 1_100)
+    ran = []
+
+    @node("base")
+    def base(seed):
+        ran.append(seed)
+        return seed
+
+    @node("y")
+    def plus(base, x):
+        return base + x
+
+    pipeline = Pipeline([base, plus], cache=Kept())
+    for _ in range(2):
+        await pipeline.amap({"x": list(range(5_000)), "seed": 1}, "x", refresh=True)
+    assert ran == [1, 1]
+
+
+async def test_what_was_read_and_is_not_loaded_is_held_in_bounds(monkeypatch):
+    """A store that cannot find without reading fills no memory; what was forgotten is read again."""
+    sessions = recorded(monkeypatch)
+
+    @node("a")
+    def large(x):
+        return bytes([x % 256]) * 1_000
+
+    @node("b")
+    def length(a):
+        return len(a)
+
+    pipeline = Pipeline([large, length], cache=Kept())
+    inputs = {"x": list(range(1_000))}
+    await pipeline.amap(inputs, "x")
+    monkeypatch.setattr(_session, "MOST_HELD_BYTES", 50_000)
+    sessions.clear()
+    assert (await pipeline.amap(inputs, "x"))["b"] == [1_000] * 1_000
+    [session] = sessions
+    assert 0 <= session._held_bytes == sum(map(len, session._held.values())) <= 50_000
+    monkeypatch.setattr(_session, "MOST_HELD", 3)
+    sessions.clear()
+    assert (await pipeline.amap(inputs, "x"))["a"][-1] == bytes([999 % 256]) * 1_000
+    assert len(sessions[0]._held) <= 3
+
+
+# ---- histories
+
+
+async def test_a_run_without_end_notes_the_latest_of_its_entries(monkeypatch):
+    """What a run notes for explanations has bounds already before it is written."""
+    monkeypatch.setattr(_ledger, "MOST_ROWS", 100)
+    ledger = Ledger()
+    longest = 0
+    for each in range(1_000):
+        ledger.note("history", ("x",), {"body": "00"}, f"{each:064x}"[::-1], 0.0, [b"digest.."])
+        longest = max(longest, len(ledger._noted["history"].rows))
+    assert longest <= 111
+    [history] = ledger.take().values()
+    assert bytes.fromhex(f"{999:064x}"[::-1])[:8] in history.rows
+    assert bytes.fromhex(f"{899:064x}"[::-1])[:8] in history.rows
+    assert bytes.fromhex(f"{500:064x}"[::-1])[:8] not in history.rows
+    assert history.codes[0].calls == 1_000
+
+
+async def test_little_by_little_a_large_history_is_not_written_each_time():
+    """What runs add is gathered while it is little, and explanations know it."""
+    store = Kept()
+
+    @node("y")
+    def same(x):
+        return x
+
+    pipeline = Pipeline([same], cache=store)
+    await pipeline.amap({"x": list(range(2_000))}, "x")
+    store.writes.clear()
+    for x in range(-10, 0):
+        await pipeline.arun(x=x)
+    assert sum(key.startswith("ledger-") for batch in store.writes for key in batch) == 0
+    for key in [key for key in store.entries if not key.startswith("ledger-")]:
+        del store.entries[key]
+    assert reasons(await pipeline.explain(x=-1)) == ["gone"]
+    await pipeline.amap({"x": list(range(2_000, 2_050))}, "x")
+    assert sum(key.startswith("ledger-") for batch in store.writes for key in batch) == 1
+    elsewhere = Kept()
+    elsewhere.entries = {key: data for key, data in store.entries.items() if key.startswith("ledger-")}
+    explained = await pipeline.with_cache(elsewhere).explain({"x": [-1, 2_049, 5_000]}, map_over="x")
+    assert reasons(explained) == ["gone", "gone", "input"]
+
+
+async def test_what_is_gathered_is_written_after_a_while(monkeypatch):
+    """The next run that stores something writes all that has been gathered, once the last time is long ago."""
+    store = Kept()
+
+    @node("y")
+    def same(x):
+        return x
+
+    pipeline = Pipeline([same], cache=store)
+    await pipeline.amap({"x": list(range(1_000))}, "x")
+    await pipeline.arun(x=-1)
+    monkeypatch.setattr(_ledger, "OFTEN_S", 0.0)
+    await pipeline.arun(x=-2)
+    elsewhere = Kept()
+    elsewhere.entries = {key: data for key, data in store.entries.items() if key.startswith("ledger-")}
+    explained = await pipeline.with_cache(elsewhere).explain({"x": [-1, -2, -3]}, map_over="x")
+    assert reasons(explained) == ["gone", "gone", "input"]
+
+
+async def test_histories_are_merged_beside_the_loop(monkeypatch):
+    """Reading and writing what is remembered of a node happens in a thread."""
+    threads = []
+    unpacked, packed = History.unpacked, History.packed
+    monkeypatch.setattr(
+        History, "unpacked", lambda data: threads.append(threading.get_ident()) or unpacked(data), raising=True
+    )
+    monkeypatch.setattr(History, "packed", lambda self: threads.append(threading.get_ident()) or packed(self))
+
+    @node("y")
+    def same(x):
+        return x
+
+    pipeline = Pipeline([same], cache=Kept())
+    for x in (1, 2):
+        await pipeline.arun(x=x)
+    await pipeline.explain(x=3)
+    assert len(threads) == 4
+    assert threading.get_ident() not in threads
+
+
+PARTS = {"parts": {"body": "00"}, "calls": 1, "seconds": 0.0, "at": 0.0}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"[" * 200_000,
+        b"[]",
+        json.dumps({"names": ["x"], "codes": [PARTS | {"calls": "many"}]}).encode(),
+        json.dumps({"names": ["x"], "codes": [PARTS | {"seconds": None}]}).encode(),
+        json.dumps({"names": ["x"], "codes": [PARTS | {"at": float("nan")}]}).encode(),
+        json.dumps({"names": ["x"], "codes": [PARTS | {"at": 10**400}]}).encode(),
+        json.dumps({"names": ["x"], "codes": [PARTS | {"parts": ["body"]}]}).encode(),
+        json.dumps({"names": ["x"], "codes": [PARTS | {"parts": {"body": [1]}}]}).encode(),
+        json.dumps({"names": [["x"]], "codes": []}).encode(),
+        json.dumps({"names": ["x"], "codes": 3}).encode(),
+    ],
+    ids=["deep", "list", "calls", "seconds", "nan", "high", "parts", "part", "names", "codes"],
+)
+async def test_a_history_of_another_shape_is_forgotten(head):
+    """Whatever a store says of a node's past, runs and explanations go on, and the next run begins anew."""
+    store = Kept()
+
+    @node("y")
+    def same(x):
+        return x
+
+    pipeline = Pipeline([same], cache=store)
+    await pipeline.arun(x=1)
+    [name] = [key for key in store.entries if key.startswith("ledger-")]
+    data = struct.pack("<I", len(head)) + head
+    store.entries[name] = b"".join(seal(name, _ledger.CODEC, b"{}", [data], None))
+    assert reasons(await pipeline.explain(x=2)) == ["new"]
+    assert await pipeline.arun(x=2) == {"y": 2}
+    assert reasons(await pipeline.explain(x=3)) == ["input"]
 
 
 # ---- names

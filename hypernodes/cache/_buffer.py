@@ -7,6 +7,8 @@ import threading
 import weakref
 from typing import Any
 
+from hypernodes.cache._ledger import Gathered
+
 MOST_ENTRIES = 2_000
 MOST_BYTES = 8 << 20
 
@@ -14,13 +16,14 @@ MOST_BYTES = 8 << 20
 class WriteBuffer:
     """What waits to be written to one store, and can be read from here meanwhile. Used by any thread."""
 
-    __slots__ = ("__weakref__", "_bytes", "_lock", "_pending", "_writing")
+    __slots__ = ("__weakref__", "_bytes", "_lock", "_pending", "_writing", "histories")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pending: dict[str, bytes] = {}
         self._bytes = 0
         self._writing: list[dict[str, bytes]] = []
+        self.histories = Gathered()
 
     def put(self, key: str, data: bytes) -> bool:
         """Add an entry; say whether it is time to write."""

@@ -88,7 +88,7 @@ class History:
     def merge(self, newer: History) -> None:
         """Add what another one knows; what is too old to keep is dropped."""
         if newer.names != self.names:
-            self.names, self.codes, self.rows = newer.names, newer.codes, newer.rows
+            self.names, self.codes, self.rows = newer.names, newer.codes.copy(), newer.rows.copy()
             return
         indexes = []
         for record in newer.codes:
@@ -229,18 +229,18 @@ class Gathered:
         now = time.monotonic()
         due: dict[str, list[History]] = {}
         with self._lock:
-            for name, newer in noted.items():
-                older = self._noted.pop(name, None)
+            for name in {**self._noted, **noted}:
+                known = [each[name] for each in (self._noted, noted) if name in each]
                 at, rows = self._written.get(name, (-math.inf, 0))
-                added = len(newer.rows) + (len(older.rows) if older else 0)
-                if now - at >= OFTEN_S or added >= rows * LITTLE:
-                    due[name] = [older, newer] if older else [newer]
+                if now - at >= OFTEN_S or sum(len(each.rows) for each in known) >= rows * LITTLE:
+                    due[name] = known
+                    self._noted.pop(name, None)
                     self._written[name] = now, rows
-                elif older:
-                    older.merge(newer)
-                    self._noted[name] = older
                 else:
-                    self._noted[name] = newer
+                    first, *later = known
+                    for newer in later:
+                        first.merge(newer)
+                    self._noted[name] = first
         return due
 
     def written(self, rows: Mapping[str, int]) -> None:
@@ -274,9 +274,7 @@ async def read_histories(
     return histories
 
 
-async def write_histories(
-    guard: Guard, noted: Mapping[str, History], secret: bytes | None, gathered: Gathered
-) -> None:
+async def write_histories(guard: Guard, noted: Mapping[str, History], secret: bytes | None, gathered: Gathered) -> None:
     """Add to what a store remembers, now or, if it is little, with what comes later."""
     due = gathered.add(noted)
     if due:

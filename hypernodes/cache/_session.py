@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,11 @@ PLAIN = 17
 """In an envelope's header: not a pickle."""
 SMALL = 64 * 1024
 """Bytes under which entries are gathered and written together."""
+MOST_FRESH = 100_000
+"""Entries of its own that a run knows without asking, those asked for last."""
+MOST_HELD = 4_096
+MOST_HELD_BYTES = 64 << 20
+"""Bounds of what has been read and not been loaded, after which the oldest is forgotten: it can be read again."""
 _NUMBERS = frozenset({int, float, complex, bool, type(None)})
 _log = logging.getLogger("hypernodes")
 _CHECKED_AT_ONCE = 500
@@ -118,9 +124,10 @@ class CacheSession:
         self._codes: dict[Node[..., Any], Code | None] = {}
         self._classes: dict[type, bytes] = {}
         """Digests of the code of classes that inputs are of."""
-        self._fresh: set[str] = set()
+        self._fresh: OrderedDict[str, None] = OrderedDict()
         self._broken: set[str] = set()
-        self._held: dict[str, Any] = {}
+        self._held: OrderedDict[str, Any] = OrderedDict()
+        self._held_bytes = 0
         self._warned: set[str] = set()
         self._reasons: dict[Node[..., Any], str] = {}
         self.hashing = Cost()
@@ -191,13 +198,31 @@ class CacheSession:
             found.update(await self._guard.find_many(unknown))
         else:
             got = await self._guard.get_many(unknown)
-            self._held.update(got)
+            self._hold(got)
             found.update(got)
         return found
 
+    def _hold(self, got: Mapping[str, Any]) -> None:
+        held = self._held
+        for key, data in got.items():
+            self._let_go(key)
+            held[key] = data
+            self._held_bytes += bytes_in(data)
+        while len(held) > MOST_HELD or self._held_bytes > MOST_HELD_BYTES:
+            self._let_go(next(iter(held)))
+
+    def _let_go(self, key: str) -> Any:
+        data = self._held.pop(key, None)
+        if data is not None:
+            self._held_bytes -= bytes_in(data)
+        return data
+
     def has(self, key: str) -> bool:
         """Say whether this run has saved an entry."""
-        return key in self._fresh
+        there = key in self._fresh
+        if there:
+            self._fresh.move_to_end(key)
+        return there
 
     async def load(self, keys: Iterable[str]) -> tuple[Loaded, dict[str, str]]:
         """Return the values of entries, and for those that cannot be used why; these count as missing from now on."""
@@ -207,7 +232,7 @@ class CacheSession:
             for key in missing:
                 data = self._buffer.get(key) if waiting else None
                 if data is None:
-                    data = self._held.pop(key, None)
+                    data = self._let_go(key)
                 if data is not None:
                     sealed[key] = data
             missing = [key for key in missing if key not in sealed]
@@ -229,7 +254,7 @@ class CacheSession:
             if key not in sealed:
                 refused[key] = "it is no longer there"
         self._broken.update(refused)
-        self._fresh.difference_update(refused)
+        self._forget(refused)
         return values, refused
 
     async def check(self, keys: Iterable[str]) -> dict[str, str]:
@@ -300,8 +325,14 @@ class CacheSession:
 
     def _note(self, code: Code, key: str, seconds: float, digests: Iterable[bytes]) -> None:
         self._broken.discard(key)
-        self._fresh.add(key)
+        self._fresh[key] = None
+        if len(self._fresh) > MOST_FRESH:
+            self._fresh.popitem(last=False)
         self._ledger.note(code.history, code.names, code.parts, key, seconds, digests)
+
+    def _forget(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._fresh.pop(key, None)
 
     def _sealed(self, code: Code, key: str, value: Any, seconds: float) -> tuple[list[Any] | None, float]:
         """Return the entry of a value, None if there can be none, and the seconds of this thread that it took.
@@ -365,7 +396,7 @@ class CacheSession:
                 self._buffer.put_back(batch)
                 raise
             if not stored:
-                self._fresh.difference_update(batch)
+                self._forget(batch)
             self._buffer.written(batch)
 
     def remember(self, noted: Mapping[str, History]) -> None:
@@ -378,7 +409,7 @@ class CacheSession:
 
     async def histories(self, names: Iterable[str]) -> dict[str, History]:
         """Return what is remembered of nodes, by the names of their histories."""
-        return await read_histories(self._guard, names, self._secret)
+        return await read_histories(self._guard, names, self._secret, self._buffer.histories)
 
     @property
     def unwritten(self) -> bool:
@@ -389,7 +420,7 @@ class CacheSession:
         """Write what is left."""
         await self.flush()
         if noted := self._ledger.take():
-            await write_histories(self._guard, noted, self._secret)
+            await write_histories(self._guard, noted, self._secret, self._buffer.histories)
 
     # ---- what the user should know
 
