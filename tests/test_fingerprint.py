@@ -694,6 +694,82 @@ def test_what_can_neither_be_hashed_nor_followed_counts_by_its_class(tmp_path):
         assert len(changed(fingerprint(f), before)) == 1
 
 
+class Scale:
+    """An object all of whose state is private."""
+
+    def __init__(self, factor, offset=None, lock=None):
+        self._factor, self._offset, self._calls, self._lock = factor, offset, 0, lock
+
+    def __call__(self, x):
+        self._calls += 1
+        if self._offset is None:
+            self._offset = 0
+        return x * self._factor + self._offset
+
+    scale = __call__
+
+
+class Slotted:
+    """The same in a slot."""
+
+    __slots__ = ("_factor",)
+
+    def __init__(self, factor):
+        self._factor = factor
+
+    def scale(self, x):
+        return x * self._factor
+
+
+class PrivateOnly:
+    """What it is made with, nobody else can see."""
+
+    def __init__(self, factor):
+        self._factor = factor
+
+    def scale(self, x):
+        return x * self._factor
+
+
+def test_the_private_attributes_of_an_object_whose_method_runs_count():
+    def called(scale):
+        return fingerprint(lambda x: scale(x))
+
+    ways = {
+        "method": lambda *args: fingerprint(Scale(*args).scale),
+        "method that is called": lambda *args: called(Scale(*args).scale),
+        "callable object": lambda *args: fingerprint(Scale(*args)),
+        "callable object that is called": lambda *args: called(Scale(*args)),
+    }
+    for way, make in ways.items():
+        assert make(2) == make(2) != make(3), way
+        assert make(2, 1) != make(2, 2), way
+        assert make(2).opaque == (), way
+    assert fingerprint(Slotted(2).scale) == fingerprint(Slotted(2).scale) != fingerprint(Slotted(3).scale)
+
+
+def test_private_attributes_that_methods_count_with_do_not_count():
+    scale = Scale(2, 1)
+    before = fingerprint(scale.scale)
+    scale(1)
+    assert fingerprint(scale.scale) == before
+
+
+def test_a_private_attribute_that_cannot_be_hashed_is_opaque():
+    found = fingerprint(Scale(2, 0, threading.Lock()).scale)
+    assert found.opaque == ("self of method 'Scale.__call__'._lock: _thread.lock",)
+    assert found == fingerprint(Scale(2, 0, threading.Lock()).scale)
+
+
+def test_a_captured_object_with_nothing_but_private_attributes_is_opaque():
+    scale, table = Slotted(2), {"k": PrivateOnly(2)}
+    found = fingerprint(lambda x: table["k"].scale(x) + scale.scale(x))
+    assert {re.sub(r" of '.*>'", "", each) for each in found.opaque} == {
+        f"closure variable 'scale': {__name__}.Slotted",
+        f"closure variable 'table'['k']: {__name__}.PrivateOnly",
+    }
+
+
 def test_how_a_logger_is_set_up_does_not_count():
     def f():
         logger.info("asked")

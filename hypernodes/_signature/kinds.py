@@ -120,6 +120,23 @@ class Kind:
         return found, private
 
 
+def private_state(value: Any) -> dict[str, Any]:
+    """Return the private attributes of an object whose class says nothing of what counts.
+
+    Without those that `__cache_key__()`, a dataclass or attrs class leaves out, and what cached properties found.
+    """
+    cls = type(value)
+    if getattr(cls, "__cache_key__", None) is not None or _known(cls)[0] is not None:
+        return {}
+    found = dict(getattr(value, "__dict__", {}))
+    for name in _slots(cls):
+        found[name] = getattr(value, name, None)
+    fields = {field.name for field in getattr(cls, "__dataclass_fields__", {}).values()}
+    fields |= {field.name for field in getattr(cls, "__attrs_attrs__", ())}
+    left_out = _derived(cls) | fields
+    return {name: each for name, each in found.items() if name[:1] == "_" and name not in left_out}
+
+
 _kinds: WeakKeyDictionary[type, Handler] = WeakKeyDictionary()
 
 

@@ -51,6 +51,13 @@ def is_own(func: Any, cls: type) -> bool:
     )
 
 
+def makes_classes(cls: type, name: str) -> bool:
+    """Say whether a method runs when a class is made: what it fills then, as a registry, is no memory of calls."""
+    return name in ("__init_subclass__", "__set_name__") or (
+        issubclass(cls, type) and name in ("__init__", "__new__", "__prepare__")
+    )
+
+
 def is_generated(func: Any, cls: type) -> bool:
     """Say whether a function was written by a class decorator from the fields of the class."""
     if not isinstance(func, FunctionType) or _FIELD_MARKS.isdisjoint(cls.__dict__):

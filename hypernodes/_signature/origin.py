@@ -106,7 +106,7 @@ def _distributions(top: str) -> list[tuple[str, str]]:
 
 def _beside(top: str, file: str) -> list[tuple[str, str]]:
     """Return the distributions that a module outside of `site-packages` was installed from, if it was installed."""
-    found = {}
+    found: dict[str, str] = {}
     while (folder := os.path.dirname(file)) != file:
         if os.path.basename(file).partition(".")[0] == top:
             found.update(_installed_in(folder).get(top, {}))

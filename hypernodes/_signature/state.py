@@ -32,10 +32,12 @@ class State:
         self._stored: defaultdict[int, set[str]] = defaultdict(set)  # attributes that it sets, by object
         self._on_self: dict[tuple[int, ...], set[str]] = {}
 
-    def note(self, func: FunctionType) -> None:
-        """Take note of what a function names and writes."""
+    def note(self, func: FunctionType, *, when_made: bool = False) -> None:
+        """Take note of what a function names and writes; what it writes when classes are made is there from then on."""
         uses = code_of(func).uses
         self.mentioned |= uses.attributes
+        if when_made:
+            return
         writes = uses.outer
         cells = cells_of(func)
         for name in writes.rebound:

@@ -28,12 +28,14 @@ from hypernodes._signature.foreign import (
     home_of,
     is_foreign,
 )
+from hypernodes._signature.kinds import private_state
 from hypernodes._signature.members import (
     ABSENT,
     data_of,
     functions_of,
     is_generated,
     is_own,
+    makes_classes,
 )
 from hypernodes._signature.origin import class_module, foreign_class, foreign_parts, module_name
 from hypernodes._signature.scope import asked_for, builtins_of, cells_of, content_of, import_for, module_of, resolve
@@ -71,6 +73,8 @@ class _Captured:
     owner: type | None = None
     without: frozenset[str] | None = None
     """The attributes that were left out when its digest was taken."""
+    is_code: bool = False
+    """Whether it is the `self` of code, or called itself: its private attributes are read by its own methods."""
     digest: bytes = b""
 
 
@@ -87,6 +91,8 @@ class Walk:
         self._bound: set[tuple[object, ...]] = set()
         self._state = State()
         self._opaque: set[str] = set()
+        self._whole: set[int] = set()  # objects whose private attributes count, by address
+        self._followed: set[tuple[object, str]] = set()  # functions, by module and name
 
     def enter(self, func: Any) -> str:
         """Start from a function; return what it is called."""
@@ -298,7 +304,7 @@ class Walk:
         if not any(is_own(func, each) for each in owner.__mro__):
             self._bind(part, (id(instance), id(func), "function"), func)
         if not isinstance(instance, type):
-            self._capture(f"self of {part}", instance)
+            self._capture(f"self of {part}", instance, is_self=True)
 
     def _builtin(self, value: Any) -> str:
         instance = getattr(value, "__self__", None)
@@ -333,10 +339,11 @@ class Walk:
 
     # ---- what code reads and writes
 
-    def _uses(self, func: FunctionType, owner: str) -> None:
+    def _uses(self, func: FunctionType, owner: str, *, when_made: bool = False) -> None:
         code = code_of(func)
+        self._followed.add((func.__globals__.get("__name__"), func.__code__.co_qualname))
         with self._whatever_it_is(owner):
-            self._state.note(func)
+            self._state.note(func, when_made=when_made)
         imports: defaultdict[str, list[Import]] = defaultdict(list)
         for each in code.uses.imports:
             imports[each.name].append(each)
@@ -428,9 +435,19 @@ class Walk:
     # ---- values
 
     def _capture(
-        self, part: str, value: Any, variable: Variable = (), label: str = "", owner: type | None = None
+        self,
+        part: str,
+        value: Any,
+        variable: Variable = (),
+        label: str = "",
+        owner: type | None = None,
+        *,
+        is_self: bool = False,
     ) -> None:
-        self._captured.append(_Captured(part, value, variable, label, owner))
+        is_code = type(value) not in SCALARS and (is_self or callable(value)) and foreign_class(type(value)) is None
+        if is_code:
+            self._whole.add(id(value))
+        self._captured.append(_Captured(part, value, variable, label, owner, is_code=is_code))
 
     def _is_state(self, captured: _Captured) -> bool:
         return self._state.holds(captured.value, captured.variable, captured.owner, captured.label)
@@ -440,12 +457,38 @@ class Walk:
         value = captured.value
         if type(value) in SCALARS:
             captured.digest = captured.digest or hash_value(value)
-        elif not self._is_state(captured):
+        elif self._is_state(captured):
+            with self._whatever_it_is(captured.part, value):
+                self._code_inside(value)
+        else:
             without = self._state.written_attributes(value)
             if captured.without != without:
                 captured.without = without
                 with self._whatever_it_is(captured.part, value):
                     captured.digest = self._digest(value, captured.part, without)
+                    for name in sorted(without):
+                        self._code_inside(getattr(value, "__dict__", {}).get(name))
+                if captured.is_code:
+                    captured.digest = self._with_private(captured.digest, value, captured.part, without)
+
+    def _code_inside(self, state: Any, within: tuple[int, ...] = ()) -> None:
+        """Follow the functions and classes in a container that is state: their code counts, if not which are in it.
+
+        What the code itself makes and puts there, as in `made[x] = lambda: x`, counts where it is written.
+        """
+        if isinstance(state, _CONTAINERS) and id(state) not in within and len(within) < _DEEP:
+            for each in list(state.values() if isinstance(state, _MAPPINGS) else state):
+                if type(each) not in SCALARS:
+                    self._code_inside(each, (*within, id(state)))
+            return
+        while isinstance(state, functools.partial | Node | staticmethod | classmethod):
+            state = state.__func__ if isinstance(state, staticmethod | classmethod) else state.func
+        if isinstance(state, types.MethodType):
+            state = state.__self__ if isinstance(state.__self__, type) else type(state.__self__)
+        if isinstance(state, FunctionType | type):
+            maker, _, local = state.__qualname__.partition(".<locals>")
+            if not local or (state.__module__, maker) not in self._followed:
+                self._reference(state)
 
     def _digest(self, value: Any, name: str, without: frozenset[str]) -> bytes:
         classes: set[type] = set()
@@ -459,6 +502,15 @@ class Walk:
             return hash_value(self._plain(value, name), classes=classes)
         finally:
             self._follow_classes(classes)
+
+    def _with_private(self, digest: bytes, value: Any, name: str, without: frozenset[str]) -> bytes:
+        """Add private attributes to the digest of an object: by value, and by class what cannot be hashed."""
+        pieces = [
+            _joined(key.encode(), self._digest(each, f"{name}.{key}", self._state.written_attributes(each)))
+            for key, each in sorted(private_state(value).items())
+            if key not in without
+        ]
+        return _joined(digest, *pieces)
 
     def _plain(self, value: Any, opaque: str = "", within: tuple[int, ...] = ()) -> Any:
         """Return a value with names in the place of code.
@@ -508,10 +560,17 @@ class Walk:
         return _CODE, self._class(kind)
 
     def _attributes_of(self, value: Any, name: str, without: frozenset[str], within: tuple[int, ...] = ()) -> Any:
-        """Return the class of an object and its public attributes, but for some."""
+        """Return the class of an object and its public attributes, but for some.
+
+        One that has private attributes only may be anything: it is opaque, unless these count as well.
+        """
+        attributes = getattr(value, "__dict__", {})
+        hidden = all(key.startswith("_") for key in attributes) and not private_state(value).keys() <= without
+        if hidden and id(value) not in self._whole:
+            self._opaque.add(f"{name}: {class_module(type(value))}.{type(value).__qualname__}")
         state = {
             key: self._plain(each, f"{name}.{key}", within)
-            for key, each in getattr(value, "__dict__", {}).items()
+            for key, each in attributes.items()
             if not key.startswith("_") and key not in without
         }
         return _CODE, self._class(type(value)), tuple(sorted(state.items()))
@@ -551,7 +610,7 @@ class Walk:
             self._pieces[part].append((self._reference(func) or self._class(type(func))).encode())
             return
         self._pieces[part].append(code_of(func).digest)
-        self._uses(func, repr(f"{cls.__qualname__}.{name}"))
+        self._uses(func, repr(f"{cls.__qualname__}.{name}"), when_made=makes_classes(cls, name))
         for parameter, value in _defaults(func):
             if not self._state.is_memory(func, parameter, value):
                 self._capture(part, value, label=f"default of {parameter!r} of {name!r}")
