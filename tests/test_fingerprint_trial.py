@@ -147,3 +147,106 @@ def test_packages_installed_into_a_folder_count_by_version_and_editable_ones_by_
     parts = set(fingerprint(loaded.f).parts)
     sys.modules.pop(top)
     assert {each for each in parts if top in each and not each.startswith("global")} == {part.format(top)}
+
+
+REGISTRIES = {
+    "init_subclass": """
+        class Step:
+            registry = {}
+            def __init_subclass__(cls):
+                Step.registry[cls.__name__] = cls
+        class Clean(Step):
+            def run(self, x): return x + 1
+        def f(x):
+            return Step.registry["Clean"]().run(x)
+        """,
+    "metaclass": """
+        KINDS = []
+        class Meta(type):
+            def __init__(cls, *args):
+                KINDS.append(cls)
+        class Clean(metaclass=Meta):
+            def run(self, x): return x + 1
+        def f(x):
+            return Meta and KINDS[0]().run(x)
+        """,
+    "set_name": """
+        FIELDS = {}
+        class Field:
+            def __set_name__(self, owner, name):
+                FIELDS[name] = owner
+        class Clean:
+            run = Field()
+            def go(self, x): return x + 1
+        def f(x):
+            return Field and FIELDS["run"]().go(x)
+        """,
+}
+KEPT = {
+    "get or default": """
+        ITEMS = {}
+        def register(f):
+            ITEMS[f.__name__] = f
+            return f
+        def get(name):
+            if name not in ITEMS: ITEMS[name] = None
+            return ITEMS[name]
+        @register
+        def clean(x): return x + 1
+        def f(x):
+            return get("clean")(x)
+        """,
+    "factory": """
+        ITEMS = []
+        def make(k):
+            def made(x): return x + 1
+            return made
+        ITEMS.append([make(3)])
+        def f(x):
+            ITEMS.append(x)
+            return ITEMS[0][0](x)
+        """,
+    "attribute": """
+        class Registry:
+            def __init__(self): self.items = {}
+            def get(self, name): return self.items.setdefault(name, None)
+        def clean(x): return x + 1
+        REGISTRY = Registry()
+        REGISTRY.items["clean"] = clean
+        def f(x):
+            return REGISTRY.get("clean")(x)
+        """,
+}
+
+
+@pytest.mark.parametrize("name", REGISTRIES | KEPT)
+def test_the_code_in_a_registry_counts_and_calls_do_not_change_it(module, name):
+    text = (REGISTRIES | KEPT)[name]
+    one, other = module(text), module(text.replace("return x + 1", "return x + 2"))
+    before = fingerprint(one.f)
+    assert changed(before, fingerprint(other.f))
+    one.f(1)
+    assert fingerprint(one.f) == before
+
+
+@pytest.mark.parametrize("name", REGISTRIES)
+def test_a_registry_filled_when_classes_are_made_counts_by_what_is_in_it(module, name):
+    loaded = module(REGISTRIES[name])
+    before = fingerprint(loaded.f)
+    exec("class Other(Clean):\n    run = Field() if 'Field' in globals() else Clean", vars(loaded))
+    assert changed(fingerprint(loaded.f), before)
+
+
+def test_functions_that_a_function_makes_and_keeps_do_not_count_twice(module):
+    loaded = module("""
+        MADE = {}
+        def f(x):
+            class Local: pass
+            MADE[x] = lambda: x
+            MADE[-x] = Local
+            return MADE[x]()
+        """)
+    before = fingerprint(loaded.f)
+    loaded.f(1)
+    loaded.f(2)
+    assert fingerprint(loaded.f) == before

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import logging
 import operator
+import re
 import sys
 import types
 import typing
@@ -58,6 +59,8 @@ _LOGGERS = (logging.Logger, logging.LoggerAdapter, logging.Handler)
 """What these hold says how results are told of, not what they are."""
 _DEEP = 100
 """Containers inside of containers that are searched for code one by one; deeper, they count as a whole."""
+_REGISTRY = 1000
+"""Items of a container that code writes to; with more it is a memory of calls, and no code is looked for in it."""
 _CODE = "hypernodes: code"
 """Marks what stands in the place of code in a value."""
 
@@ -458,8 +461,10 @@ class Walk:
         if type(value) in SCALARS:
             captured.digest = captured.digest or hash_value(value)
         elif self._is_state(captured):
-            with self._whatever_it_is(captured.part, value):
-                self._code_inside(value)
+            if captured.without is None:
+                captured.without = frozenset()
+                with self._whatever_it_is(captured.part, value):
+                    self._code_inside(value)
         else:
             without = self._state.written_attributes(value)
             if captured.without != without:
@@ -477,7 +482,8 @@ class Walk:
         What the code itself makes and puts there, as in `made[x] = lambda: x`, counts where it is written.
         """
         if isinstance(state, _CONTAINERS) and id(state) not in within and len(within) < _DEEP:
-            for each in list(state.values() if isinstance(state, _MAPPINGS) else state):
+            large = len(state) > _REGISTRY
+            for each in () if large else list(state.values() if isinstance(state, _MAPPINGS) else state):
                 if type(each) not in SCALARS:
                     self._code_inside(each, (*within, id(state)))
             return
@@ -486,8 +492,8 @@ class Walk:
         if isinstance(state, types.MethodType):
             state = state.__self__ if isinstance(state.__self__, type) else type(state.__self__)
         if isinstance(state, FunctionType | type):
-            maker, _, local = state.__qualname__.partition(".<locals>")
-            if not local or (state.__module__, maker) not in self._followed:
+            makers = [state.__qualname__[: each.start()] for each in re.finditer(r"\.<locals>", state.__qualname__)]
+            if not any((state.__module__, each) in self._followed for each in makers):
                 self._reference(state)
 
     def _digest(self, value: Any, name: str, without: frozenset[str]) -> bytes:
