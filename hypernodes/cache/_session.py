@@ -126,6 +126,8 @@ class CacheSession:
         """Digests of the code of classes that inputs are of."""
         self._fresh: OrderedDict[str, None] = OrderedDict()
         self._broken: set[str] = set()
+        self._fetched: dict[str, Any] = {}
+        """Entries that are about to be loaded."""
         self._held: OrderedDict[str, Any] = OrderedDict()
         self._held_bytes = 0
         self._warned: set[str] = set()
@@ -198,7 +200,10 @@ class CacheSession:
             found.update(await self._guard.find_many(unknown))
         else:
             got = await self._guard.get_many(unknown)
-            self._hold(got)
+            if fetch:
+                self._fetched.update(got)
+            else:
+                self._hold(got)
             found.update(got)
         return found
 
@@ -228,7 +233,10 @@ class CacheSession:
         """Return the values of entries, and for those that cannot be used why; these count as missing from now on."""
         sealed: dict[str, Any] = {}
         missing = list(dict.fromkeys(keys))
-        if (waiting := bool(self._buffer)) or self._held:
+        if fetched := self._fetched:
+            sealed = {key: fetched.pop(key) for key in missing if key in fetched}
+            missing = [key for key in missing if key not in sealed]
+        if missing and ((waiting := bool(self._buffer)) or self._held):
             for key in missing:
                 data = self._buffer.get(key) if waiting else None
                 if data is None:
