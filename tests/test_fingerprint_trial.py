@@ -250,3 +250,46 @@ def test_functions_that_a_function_makes_and_keeps_do_not_count_twice(module):
     loaded.f(1)
     loaded.f(2)
     assert fingerprint(loaded.f) == before
+
+
+DESCRIBED = {
+    "pydantic model": (
+        "from pydantic import BaseModel\nclass A(BaseModel):\n    '''One.'''\n    text: str\ndef f(x):\n    return A",
+        "class 'A' (module 'trial')",
+    ),
+    "tool in a list": (
+        "def tool(a: int):\n    '''One.'''\nTOOLS = [tool]\ndef f(x):\n    return TOOLS",
+        "docstring and annotations of function 'tool' (module 'trial')",
+    ),
+    "tool of an object": (
+        "class M: pass\ndef tool(a: int):\n    '''One.'''\nm = M()\nm.tools = {'t': tool}\ndef f(x):\n    return m",
+        "global 'm' (module 'trial')",
+    ),
+    "getdoc": (
+        "from inspect import getdoc\ndef tool(a: int):\n    '''One.'''\ndef f(x):\n    return getdoc(tool)",
+        "docstring and annotations of function 'tool' (module 'trial')",
+    ),
+    "signature": (
+        "import inspect\nclass A:\n    '''One.'''\n    def m(self): pass\ndef f(x):\n    return inspect.signature(A)",
+        "docstring and annotations of class 'A' (module 'trial')",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_docstrings_that_something_may_read_count(module, name):
+    text, part = DESCRIBED[name]
+    one, other = module(text), module(text.replace("One.", "Two."))
+    assert changed(fingerprint(one.f), fingerprint(other.f)) == {part}
+
+
+def test_annotations_of_functions_held_as_data_count(module):
+    text, part = DESCRIBED["tool in a list"]
+    one, other = module(text), module(text.replace("a: int", "a: str"))
+    assert changed(fingerprint(one.f), fingerprint(other.f)) == {part}
+    assert hash_code(one.tool) != hash_code(other.tool)
+
+
+def test_docstrings_that_nothing_reads_do_not_count(module):
+    text = "def g():\n    '''One.'''\nclass A:\n    '''One.'''\ndef f(x):\n    '''One.'''\n    return g(), A()\n"
+    assert fingerprint(module(text).f) == fingerprint(module(text.replace("One.", "Two.")).f)

@@ -44,10 +44,16 @@ def fingerprint(func: Callable[..., Any]) -> Fingerprint:
     What is found out about code is kept, and captured values are read anew by every call. Safe in any thread.
     A module that the function imports when it runs is imported, if it belongs to the project.
     """
+    return _fingerprint(func)
+
+
+def _fingerprint(func: Any, *, told: bool = False) -> Fingerprint:
     from hypernodes._signature.walk import Walk
 
     walk = Walk()
     entry = walk.enter(func)
+    if told:
+        walk.tell(func)
     parts, opaque = walk.finish()
     named = [(name.encode("utf-8", "surrogatepass"), parts.get(name, b"")) for name in (entry, *sorted(parts))]
     written = b"".join([b"%d:%b%d:%b" % (len(name), name, len(digest), digest) for name, digest in named])
@@ -60,6 +66,7 @@ _open = threading.local()
 def hash_code(obj: Any) -> bytes:
     """Return the digest of a function, method, class, module, builtin or partial that was found in a value.
 
+    Docstring and annotations of a function count: what holds it may tell them, as of a tool that a model may use.
     A function that reaches itself again through a value counts by its name there.
     """
     under_way: set[int] = _open.__dict__.setdefault("ids", set())
@@ -68,7 +75,7 @@ def hash_code(obj: Any) -> bytes:
         return hashlib.sha256(f"{getattr(obj, '__module__', '')} {name}".encode()).digest()
     under_way.add(id(obj))
     try:
-        return fingerprint(obj).digest
+        return _fingerprint(obj, told=True).digest
     finally:
         under_way.discard(id(obj))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import types
 from collections import namedtuple
 from collections.abc import Collection, Iterator, MutableMapping, MutableSequence, MutableSet
@@ -86,6 +87,8 @@ def data_of(cls: type) -> Iterator[tuple[str, Any]]:
         yield "dataclass", [getattr(own["__dataclass_params__"], option) for option in _DATACLASS_OPTIONS]
     if fields := {name: options for name, options in _own_fields(cls) if name in annotations}:
         yield "fields", fields
+    if "__pydantic_decorators__" in own and isinstance(doc := own.get("__doc__"), str):
+        yield "docstring", inspect.cleandoc(doc)  # it is part of the schema that a model is made to follow
     for kind, decorators in _fields(own.get("__pydantic_decorators__")).items():
         if isinstance(decorators, dict) and decorators:
             yield kind, {name: _fields(each.info) for name, each in decorators.items()}

@@ -27,6 +27,8 @@ class State:
     def __init__(self) -> None:
         self.mentioned: set[str] = set()
         """Attributes that code names: a method that writes counts once something may call it."""
+        self.names: set[str] = set()
+        """Names outside of functions that these read."""
         self._variables: set[Variable] = set()
         self._changed: set[int] = set()  # objects whose content it changes, by address
         self._stored: defaultdict[int, set[str]] = defaultdict(set)  # attributes that it sets, by object
@@ -36,6 +38,7 @@ class State:
         """Take note of what a function names and writes; what it writes when classes are made is there from then on."""
         uses = code_of(func).uses
         self.mentioned |= uses.attributes
+        self.names.update(chain[0] for chain in uses.reads)
         if when_made:
             return
         writes = uses.outer

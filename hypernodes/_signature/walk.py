@@ -57,6 +57,19 @@ _MAPPINGS = (dict, MappingProxyType)
 _CONTAINERS = (*_MAPPINGS, list, tuple, set, frozenset)
 _LOGGERS = (logging.Logger, logging.LoggerAdapter, logging.Handler)
 """What these hold says how results are told of, not what they are."""
+_DESCRIBING = frozenset(
+    [
+        "__annotations__",
+        "__doc__",
+        "get_annotations",
+        "get_type_hints",
+        "getdoc",
+        "getfullargspec",
+        "model_json_schema",
+        "signature",
+    ]
+)
+"""What code names that reads docstrings and annotations, so that these are more than comments."""
 _DEEP = 100
 """Containers inside of containers that are searched for code one by one; deeper, they count as a whole."""
 _REGISTRY = 1000
@@ -95,6 +108,8 @@ class Walk:
         self._state = State()
         self._opaque: set[str] = set()
         self._whole: set[int] = set()  # objects whose private attributes count, by address
+        self._code: dict[str, list[FunctionType | type]] = defaultdict(list)  # that has been followed, by part
+        self._told: set[int] = set()  # functions held as data, whose docstrings may be sent to a model
         self._followed: set[tuple[object, str]] = set()  # functions, by module and name
 
     def enter(self, func: Any) -> str:
@@ -122,6 +137,10 @@ class Walk:
             if not self._is_state(each):
                 digest = _joined(each.label.encode(), each.digest) if each.label else each.digest
                 pieces.setdefault(each.part, []).append(digest)
+        everything = not _DESCRIBING.isdisjoint(self._state.mentioned | self._state.names)
+        for part, found in self._code.items():
+            if told := [_description(each) for each in found if everything or id(each) in self._told]:
+                pieces[f"docstring and annotations of {part}"] = told
         return {name: _joined(*found) for name, found in pieces.items()}, tuple(sorted(self._opaque))
 
     @contextlib.contextmanager
@@ -136,6 +155,12 @@ class Walk:
             name = f"{class_module(kind)}.{kind.__qualname__}"
             self._opaque.add(f"{part}: {name}")
             self._pieces[part].append(name.encode())
+
+    def tell(self, value: Any) -> None:
+        """A function that is held as data, such as a tool of a model, may be told by what it says of itself."""
+        while isinstance(value, functools.partial | Node | staticmethod | classmethod | types.MethodType):
+            value = value.func if isinstance(value, functools.partial | Node) else value.__func__
+        self._told.add(id(value))
 
     # ---- code that is referred to
 
@@ -201,6 +226,7 @@ class Walk:
         return self._entity((id(func),), name, lambda part: self._follow_function(func, part))
 
     def _follow_function(self, func: FunctionType, part: str) -> None:
+        self._code[part].append(func)
         self._pieces[part].append(code_of(func).digest)
         owner = repr(func.__code__.co_qualname) + part.rpartition(")")[2]  # with its number
         self._uses(func, owner)
@@ -223,7 +249,8 @@ class Walk:
         inner = wrapper.__wrapped__
         self._bind(part, (id(wrapper), "__wrapped__"), inner)
         if "registry" in wrapper.__dict__:  # functools.singledispatch
-            self._capture(f"registry of {_inner_name(wrapper)}", wrapper.registry)
+            registry = {kind: self._reference(each) or each for kind, each in wrapper.registry.items()}
+            self._capture(f"registry of {_inner_name(wrapper)}", registry)
         elif isinstance(wrapper, FunctionType):
             self._follow_closure(wrapper, part, inner)
         while not isinstance(inner, FunctionType) and hasattr(inner, "__wrapped__"):
@@ -473,8 +500,8 @@ class Walk:
                     captured.digest = self._digest(value, captured.part, without)
                     for name in sorted(without):
                         self._code_inside(getattr(value, "__dict__", {}).get(name))
-                if captured.is_code:
-                    captured.digest = self._with_private(captured.digest, value, captured.part, without)
+                    if captured.is_code:
+                        captured.digest = self._with_private(captured.digest, value, captured.part, without)
 
     def _code_inside(self, state: Any, within: tuple[int, ...] = ()) -> None:
         """Follow the functions and classes in a container that is state: their code counts, if not which are in it.
@@ -529,6 +556,8 @@ class Walk:
         if kind in _CONTAINERS and id(value) not in within and len(within) < _DEEP:
             return self._plain_container(value, opaque, (*within, id(value)))
         if (name := self._reference(value)) is not None:
+            if within:
+                self.tell(value)
             return _CODE, name
         if (origin := typing.get_origin(value)) is not None:
             return _CODE, *(self._plain(each, opaque, within) for each in (origin, *typing.get_args(value)))
@@ -594,6 +623,7 @@ class Walk:
         return self._entity((id(cls),), name, lambda part: self._follow_class(cls, part))
 
     def _follow_class(self, cls: type, part: str) -> None:
+        self._code[part].append(cls)
         pieces = self._pieces[part]
         kinds = cls.__bases__ if type(cls) is type else (*cls.__bases__, type(cls))
         pieces.extend(self._class(each).encode() for each in kinds)
@@ -615,6 +645,7 @@ class Walk:
         if not is_own(func, cls):
             self._pieces[part].append((self._reference(func) or self._class(type(func))).encode())
             return
+        self._code[part].append(func)
         self._pieces[part].append(code_of(func).digest)
         self._uses(func, repr(f"{cls.__qualname__}.{name}"), when_made=makes_classes(cls, name))
         for parameter, value in _defaults(func):
@@ -638,6 +669,13 @@ def _joined(*pieces: bytes) -> bytes:
 
 def _is_salted(value: Node[..., Any]) -> bool:
     return value.version is not None or bool(value.depends_on)
+
+
+def _description(code: FunctionType | type) -> bytes:
+    """Return the digest of the docstring and annotations of a function; of a class, whose annotations count anyway."""
+    doc = code.__doc__
+    said = hash_value(inspect.cleandoc(doc) if isinstance(doc, str) else None)
+    return said if isinstance(code, type) else _joined(said, code_of(code).annotations)
 
 
 def _module_of(cls: type) -> str:
