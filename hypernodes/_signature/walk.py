@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import inspect
-import logging
-import operator
-import re
 import sys
 import types
-import typing
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import FunctionType, MappingProxyType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from hypernodes._node import Node, node
 from hypernodes._signature.captured import MUTATING_METHODS, Chain, Import, names_in
+from hypernodes._signature.captures import Captures, joined
 from hypernodes._signature.code import code_of
 from hypernodes._signature.dependencies import hash_dependencies
 from hypernodes._signature.foreign import (
@@ -29,7 +23,6 @@ from hypernodes._signature.foreign import (
     home_of,
     is_foreign,
 )
-from hypernodes._signature.kinds import private_state
 from hypernodes._signature.members import (
     ABSENT,
     data_of,
@@ -40,10 +33,7 @@ from hypernodes._signature.members import (
 )
 from hypernodes._signature.origin import class_module, foreign_class, foreign_parts, module_name
 from hypernodes._signature.scope import asked_for, builtins_of, cells_of, content_of, import_for, module_of, resolve
-from hypernodes._signature.state import State, Variable
-from hypernodes._signature.stream import SCALARS
 from hypernodes._signature.values import hash_value
-from hypernodes.errors import UncacheableError
 
 _BUILTINS = (
     types.BuiltinFunctionType,
@@ -53,10 +43,6 @@ _BUILTINS = (
     types.MethodWrapperType,
 )
 _C_ATTRIBUTES = (types.GetSetDescriptorType, types.MemberDescriptorType)
-_MAPPINGS = (dict, MappingProxyType)
-_CONTAINERS = (*_MAPPINGS, list, tuple, set, frozenset)
-_LOGGERS = (logging.Logger, logging.LoggerAdapter, logging.Handler)
-"""What these hold says how results are told of, not what they are."""
 _DESCRIBING = frozenset(
     [
         "__annotations__",
@@ -70,47 +56,20 @@ _DESCRIBING = frozenset(
     ]
 )
 """What code names that reads docstrings and annotations, so that these are more than comments."""
-_DEEP = 100
-"""Containers inside of containers that are searched for code one by one; deeper, they count as a whole."""
-_REGISTRY = 1000
-"""Items of a container that code writes to; with more it is a memory of calls, and no code is looked for in it."""
-_CODE = "hypernodes: code"
-"""Marks what stands in the place of code in a value."""
 
 
-@dataclass(slots=True)
-class _Captured:
-    """A value that code reads, in the part that it counts in; its label tells the values of one part apart."""
-
-    part: str
-    value: Any
-    variable: Variable = ()
-    label: str = ""
-    owner: type | None = None
-    without: frozenset[str] | None = None
-    """The attributes that were left out when its digest was taken."""
-    is_code: bool = False
-    """Whether it is the `self` of code, or called itself: its private attributes are read by its own methods."""
-    digest: bytes = b""
-
-
-class Walk:
+class Walk(Captures):
     """Follows code breadth first, in an order that depends on nothing but the code."""
 
     def __init__(self) -> None:
-        self._pieces: defaultdict[str, list[bytes]] = defaultdict(list)
+        super().__init__()
         self._names: dict[tuple[object, ...], str] = {}
         self._taken: defaultdict[str, int] = defaultdict(int)
         self._waiting: deque[tuple[str, Callable[[str], None]]] = deque()
-        self._captured: list[_Captured] = []
         self._kept: list[Any] = []  # what the walk itself made: an address names it only while it lives
         self._bound: set[tuple[object, ...]] = set()
-        self._state = State()
-        self._opaque: set[str] = set()
-        self._whole: set[int] = set()  # objects whose private attributes count, by address
         self._code: dict[str, list[FunctionType | type]] = defaultdict(list)  # that has been followed, by part
         self._told: set[int] = set()  # functions held as data, whose docstrings may be sent to a model
-        self._followed: set[tuple[object, str]] = set()  # functions, by module and name
 
     def enter(self, func: Any) -> str:
         """Start from a function; return what it is called."""
@@ -135,26 +94,13 @@ class Walk:
         pieces = {name: found[:] for name, found in self._pieces.items()}
         for each in self._captured:
             if not self._is_state(each):
-                digest = _joined(each.label.encode(), each.digest) if each.label else each.digest
+                digest = joined(each.label.encode(), each.digest) if each.label else each.digest
                 pieces.setdefault(each.part, []).append(digest)
         everything = not _DESCRIBING.isdisjoint(self._state.mentioned | self._state.names)
         for part, found in self._code.items():
             if told := [_description(each) for each in found if everything or id(each) in self._told]:
                 pieces[f"docstring and annotations of {part}"] = told
-        return {name: _joined(*found) for name, found in pieces.items()}, tuple(sorted(self._opaque))
-
-    @contextlib.contextmanager
-    def _whatever_it_is(self, part: str, value: Any = None) -> Iterator[None]:
-        """An object may raise whatever it likes when it is looked at; it is opaque then, and the others count."""
-        try:
-            yield
-        except UncacheableError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a fingerprint is taken of what the user has, odd or not
-            kind = type(error if value is None else value)
-            name = f"{class_module(kind)}.{kind.__qualname__}"
-            self._opaque.add(f"{part}: {name}")
-            self._pieces[part].append(name.encode())
+        return {name: joined(*found) for name, found in pieces.items()}, tuple(sorted(self._opaque))
 
     def tell(self, value: Any) -> None:
         """A function that is held as data, such as a tool of a model, may be told by what it says of itself."""
@@ -462,158 +408,6 @@ class Walk:
             if not name.startswith("_") and not isinstance(value, ModuleType):
                 self._read_name(vars(module), (name,))
 
-    # ---- values
-
-    def _capture(
-        self,
-        part: str,
-        value: Any,
-        variable: Variable = (),
-        label: str = "",
-        owner: type | None = None,
-        *,
-        is_self: bool = False,
-    ) -> None:
-        is_code = type(value) not in SCALARS and (is_self or callable(value)) and foreign_class(type(value)) is None
-        if is_code:
-            self._whole.add(id(value))
-        self._captured.append(_Captured(part, value, variable, label, owner, is_code=is_code))
-
-    def _is_state(self, captured: _Captured) -> bool:
-        return self._state.holds(captured.value, captured.variable, captured.owner, captured.label)
-
-    def _weigh(self, captured: _Captured) -> None:
-        """Take the digest of a captured value, unless it is state or was taken already."""
-        value = captured.value
-        if type(value) in SCALARS:
-            captured.digest = captured.digest or hash_value(value)
-        elif self._is_state(captured):
-            if captured.without is None:
-                captured.without = frozenset()
-                with self._whatever_it_is(captured.part, value):
-                    self._code_inside(value)
-        else:
-            without = self._state.written_attributes(value)
-            if captured.without != without:
-                captured.without = without
-                with self._whatever_it_is(captured.part, value):
-                    captured.digest = self._digest(value, captured.part, without)
-                    for name in sorted(without):
-                        self._code_inside(getattr(value, "__dict__", {}).get(name))
-                    if captured.is_code:
-                        captured.digest = self._with_private(captured.digest, value, captured.part, without)
-
-    def _code_inside(self, state: Any, within: tuple[int, ...] = ()) -> None:
-        """Follow the functions and classes in a container that is state: their code counts, if not which are in it.
-
-        What the code itself makes and puts there, as in `made[x] = lambda: x`, counts where it is written.
-        """
-        if isinstance(state, _CONTAINERS) and id(state) not in within and len(within) < _DEEP:
-            large = len(state) > _REGISTRY
-            for each in () if large else list(state.values() if isinstance(state, _MAPPINGS) else state):
-                if type(each) not in SCALARS:
-                    self._code_inside(each, (*within, id(state)))
-            return
-        while isinstance(state, functools.partial | Node | staticmethod | classmethod):
-            state = state.__func__ if isinstance(state, staticmethod | classmethod) else state.func
-        if isinstance(state, types.MethodType):
-            state = state.__self__ if isinstance(state.__self__, type) else type(state.__self__)
-        if isinstance(state, FunctionType | type):
-            makers = [state.__qualname__[: each.start()] for each in re.finditer(r"\.<locals>", state.__qualname__)]
-            if not any((state.__module__, each) in self._followed for each in makers):
-                self._reference(state)
-
-    def _digest(self, value: Any, name: str, without: frozenset[str]) -> bytes:
-        classes: set[type] = set()
-        if isinstance(value, _LOGGERS):
-            return hash_value(self._by_class(value, name, ()))
-        try:
-            # What holds state that the code changes counts by its other attributes.
-            plain = self._attributes_of(value, name, without) if without else self._plain(value)
-            return hash_value(plain, classes=classes)
-        except UncacheableError:
-            return hash_value(self._plain(value, name), classes=classes)
-        finally:
-            self._follow_classes(classes)
-
-    def _with_private(self, digest: bytes, value: Any, name: str, without: frozenset[str]) -> bytes:
-        """Add private attributes to the digest of an object: by value, and by class what cannot be hashed."""
-        pieces = [
-            _joined(key.encode(), self._digest(each, f"{name}.{key}", self._state.written_attributes(each)))
-            for key, each in sorted(private_state(value).items())
-            if key not in without
-        ]
-        return _joined(digest, *pieces)
-
-    def _plain(self, value: Any, opaque: str = "", within: tuple[int, ...] = ()) -> Any:
-        """Return a value with names in the place of code.
-
-        With a name to give to what is `opaque`, what cannot be hashed counts by its class.
-        """
-        kind = type(value)
-        if kind in SCALARS:
-            return value
-        if kind in _CONTAINERS and id(value) not in within and len(within) < _DEEP:
-            return self._plain_container(value, opaque, (*within, id(value)))
-        if (name := self._reference(value)) is not None:
-            if within:
-                self.tell(value)
-            return _CODE, name
-        if (origin := typing.get_origin(value)) is not None:
-            return _CODE, *(self._plain(each, opaque, within) for each in (origin, *typing.get_args(value)))
-        return self._by_class(value, opaque, within) if opaque else value
-
-    def _plain_container(self, value: Any, opaque: str, within: tuple[int, ...]) -> Any:
-        kind = type(value)
-        if set(map(type, value)) <= SCALARS.keys() and (
-            kind not in _MAPPINGS or set(map(type, value.values())) <= SCALARS.keys()
-        ):
-            return value
-        if kind in _MAPPINGS:
-            plain = {
-                self._plain(key, opaque, within): self._plain(each, opaque and f"{opaque}[{key!r:.40}]", within)
-                for key, each in value.items()
-            }
-            return plain if any(plain.get(key, _CODE) is not each for key, each in value.items()) else value
-        items = [self._plain(each, opaque and f"{opaque}[{n}]", within) for n, each in enumerate(value)]
-        if all(map(operator.is_, items, value)):
-            return value
-        return _CODE, kind.__name__, frozenset(items) if kind in (set, frozenset) else tuple(items)
-
-    def _by_class(self, value: Any, opaque: str, within: tuple[int, ...]) -> Any:
-        classes: set[type] = set()
-        kind = type(value)
-        try:
-            if not isinstance(value, _LOGGERS):
-                return _CODE, hash_value(value, classes=classes)
-        except UncacheableError:
-            if foreign_class(kind) is None and hasattr(value, "__dict__") and id(value) not in within:
-                return self._attributes_of(value, opaque, self._state.written_attributes(value), (*within, id(value)))
-        finally:
-            self._follow_classes(classes)
-        self._opaque.add(f"{opaque}: {class_module(kind)}.{kind.__qualname__}")
-        return _CODE, self._class(kind)
-
-    def _attributes_of(self, value: Any, name: str, without: frozenset[str], within: tuple[int, ...] = ()) -> Any:
-        """Return the class of an object and its public attributes, but for some.
-
-        One that has private attributes only may be anything: it is opaque, unless these count as well.
-        """
-        attributes = getattr(value, "__dict__", {})
-        hidden = all(key.startswith("_") for key in attributes) and not private_state(value).keys() <= without
-        if hidden and id(value) not in self._whole:
-            self._opaque.add(f"{name}: {class_module(type(value))}.{type(value).__qualname__}")
-        state = {
-            key: self._plain(each, f"{name}.{key}", within)
-            for key, each in attributes.items()
-            if not key.startswith("_") and key not in without
-        }
-        return _CODE, self._class(type(value)), tuple(sorted(state.items()))
-
-    def _follow_classes(self, classes: set[type]) -> None:
-        for each in sorted(classes, key=lambda each: (class_module(each), each.__qualname__)):
-            self._class(each)
-
     # ---- classes
 
     def _class(self, cls: type) -> str:
@@ -660,13 +454,6 @@ class Walk:
                 self._read_name(names, (name,))
 
 
-def _joined(*pieces: bytes) -> bytes:
-    """Return the digest of pieces in their order; one that is a digest is its own."""
-    if len(pieces) == 1 and len(pieces[0]) == 32:
-        return pieces[0]
-    return hashlib.sha256(b"".join([b"%d:%b" % (len(piece), piece) for piece in pieces])).digest()
-
-
 def _is_salted(value: Node[..., Any]) -> bool:
     return value.version is not None or bool(value.depends_on)
 
@@ -675,7 +462,7 @@ def _description(code: FunctionType | type) -> bytes:
     """Return the digest of the docstring and annotations of a function; of a class, whose annotations count anyway."""
     doc = code.__doc__
     said = hash_value(inspect.cleandoc(doc) if isinstance(doc, str) else None)
-    return said if isinstance(code, type) else _joined(said, code_of(code).annotations)
+    return said if isinstance(code, type) else joined(said, code_of(code).annotations)
 
 
 def _module_of(cls: type) -> str:
