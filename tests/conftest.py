@@ -17,14 +17,14 @@ import pytest
 
 from tests._servers import SHARED, Server, Servers
 
-collect_ignore_glob = ["fingerprint_project/*"]  # imported by other processes, from copies that are edited
-
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As for what a shell starts in the background. Child processes inherit it, and tests press Ctrl-C on them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-collect_ignore = ["typing"]  # for the type checker: it is not run
+collect_ignore = [
+    "typing",  # for the type checker: it is not run
+    "fingerprint_project",  # imported by other processes, from copies that are edited
+]
 
 GRACE_S = 5.0
 """Seconds that threads, processes and files get to be gone after a test; tasks get none."""
