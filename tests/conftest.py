@@ -43,9 +43,9 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, object
     return request.param
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def servers() -> Iterator[Servers]:
-    """The Redis and memcached servers that the tests of a session share; no test may harm one."""
+    """The Redis and memcached servers that the tests of a module share; no test may harm one."""
     yield SHARED
     SHARED.stop()
 

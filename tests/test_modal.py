@@ -47,7 +47,7 @@ def clean(text):
 
 @node("size")
 async def measure(cleaned):
-    await asyncio.sleep(0)
+    await anyio.sleep(0)
     return len(cleaned)
 
 
@@ -313,12 +313,12 @@ class TestErrors:
 
     async def test_a_module_that_the_image_lacks(self, plane, client, tmp_path, monkeypatch):
         """The message names the module and how to add it to the image."""
-        (tmp_path / "only_here.py").write_text("def shout(text):\n    return text.upper()\n")
+        (tmp_path / "only_on_this_machine.py").write_text("def shout(text):\n    return text.upper()\n")
         monkeypatch.syspath_prepend(str(tmp_path))
-        import only_here
+        import only_on_this_machine
 
-        with pytest.raises(RemoteExecutionError, match=r"no module 'only_here'.*add_local_python_source"):
-            await Pipeline([node("x")(only_here.shout)], backend=ModalBackend(IMAGE)).arun(text="a")
+        with pytest.raises(RemoteExecutionError, match=r"no module 'only_on_this_machine'.*add_local_python_source"):
+            await Pipeline([node("x")(only_on_this_machine.shout)], backend=ModalBackend(IMAGE)).arun(text="a")
 
     async def test_a_container_that_dies(self, plane, client):
         """Is one error of ours, with Modal's as its cause."""

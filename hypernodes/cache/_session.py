@@ -233,16 +233,16 @@ class CacheSession:
         """Return the values of entries, and for those that cannot be used why; these count as missing from now on."""
         sealed: dict[str, Any] = {}
         missing = list(dict.fromkeys(keys))
-        if fetched := self._fetched:
-            sealed = {key: fetched.pop(key) for key in missing if key in fetched}
-            missing = [key for key in missing if key not in sealed]
-        if missing and ((waiting := bool(self._buffer)) or self._held):
-            for key in missing:
-                data = self._buffer.get(key) if waiting else None
-                if data is None:
-                    data = self._let_go(key)
-                if data is not None:
-                    sealed[key] = data
+        if self._buffer:
+            # What has been made anew counts, and not what was there before.
+            sealed = {key: data for key in missing if (data := self._buffer.get(key)) is not None}
+        for held in (self._fetched, self._held):
+            if held:
+                for key in missing:
+                    if key in held:
+                        data = self._let_go(key) if held is self._held else held.pop(key)
+                        sealed.setdefault(key, data)
+        if sealed:
             missing = [key for key in missing if key not in sealed]
         if missing:
             sealed.update(await self._guard.get_many(missing))
@@ -333,6 +333,10 @@ class CacheSession:
 
     def _note(self, code: Code, key: str, seconds: float, digests: Iterable[bytes]) -> None:
         self._broken.discard(key)
+        if self._fetched or self._held:
+            # What was there before no longer counts.
+            self._fetched.pop(key, None)
+            self._let_go(key)
         self._fresh[key] = None
         if len(self._fresh) > MOST_FRESH:
             self._fresh.popitem(last=False)
@@ -380,6 +384,7 @@ class CacheSession:
         """Store bytes of our own; ``about`` is what inspection calls them."""
         meta = json.dumps({"node": about, "at": round(time.time(), 3), "seconds": 0.0}).encode()
         with anyio.CancelScope(shield=True):
+            await self.flush()  # so that whoever finds it finds what it speaks of
             await self._guard.set_many({key: seal(key, PLAIN, meta, [data], self._secret)})
 
     async def once(self, key: str, compute: Callable[[], Awaitable[Any]]) -> tuple[Any, bool]:
