@@ -67,3 +67,17 @@ class Crew:
             raise
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self.fail(error)
+
+
+async def unbroken(work: Callable[[], Awaitable[None]]) -> None:
+    """Do some work to its end; a cancellation from outside is raised when it is done."""
+
+    async def shielded(_: Crew) -> None:
+        with anyio.CancelScope(shield=True):
+            await work()
+
+    async def start(crew: Crew) -> None:
+        # In a task of its own: asyncio's own task.cancel() reaches into a shielded scope.
+        crew.start(shielded)
+
+    await Crew.run(start)

@@ -109,7 +109,9 @@ class PipelineExecutionEngine:
         scope = Scope(run, job.plan, job.path, self, backend, job.limits or {}, run.tracer(job.cache))
         template = await values_for(scope, program, job.inputs, job=job)
         await run.breathe()
-        await _run_map(MapWork(scope, program, job.inputs, job.map, job.feed, job.total, sink), template)
+        await _run_map(
+            MapWork(scope, program, job.inputs, job.map, job.feed, job.total, sink, first=job.first), template
+        )
 
 
 async def values_for(
@@ -161,27 +163,49 @@ async def _run_pipeline(scope: Scope, program: Program, values: list[Any], input
 
 async def _run_map(work: MapWork, template: list[Any]) -> None:
     scope = work.scope
-    run, path, engine = scope.run, scope.path, scope.engine
-    emit = scope.emit or ev.UNHEARD
+    engine = scope.engine
+
+    async def items() -> None:
+        if engine.map_execution == "parallel":
+            await scope.run.workers(scope.backend).map(work, template)
+        else:
+            limit = engine.items_at_once(work.spec)
+            kind = _map_run(scope)
+            await kind(work, template, item_runner(scope), limit=limit, first=work.first or 0).run()
+
+    if work.first is None:
+        await told_map(scope.emit, scope.run.run_id, scope.path, work.inputs, work.total, work.sink, items)
+    else:
+        await items()
+
+
+async def told_map(
+    emit: ev.Emit | None,
+    run_id: str,
+    path: Path,
+    inputs: Mapping[str, Any],
+    total: int | None,
+    sink: Sink,
+    items: Callable[[], Awaitable[None]],
+) -> None:
+    """Run the items of a map, and tell of its beginning and its end."""
+    emit = emit or ev.UNHEARD
     if ev.PipelineStarted in emit.kinds:
-        emit(ev.PipelineStarted(run.run_id, path, unix_time(), work.inputs))
+        emit(ev.PipelineStarted(run_id, path, unix_time(), inputs))
     if ev.MapStarted in emit.kinds:
-        emit(ev.MapStarted(run.run_id, path, unix_time(), work.total))
+        emit(ev.MapStarted(run_id, path, unix_time(), total))
     began = perf_counter()
     try:
-        if engine.map_execution == "parallel":
-            await run.workers(scope.backend).map(work, template)
-        else:
-            await _map_run(scope)(work, template, item_runner(scope), limit=engine.items_at_once(work.spec)).run()
+        await items()
     except BaseException as error:
         if ev.PipelineFailed in emit.kinds:
-            emit(ev.PipelineFailed(run.run_id, path, unix_time(), error))
+            emit(ev.PipelineFailed(run_id, path, unix_time(), error))
         raise
     duration = perf_counter() - began
     if ev.MapFinished in emit.kinds:
-        emit(ev.MapFinished(run.run_id, path, unix_time(), duration))
+        emit(ev.MapFinished(run_id, path, unix_time(), duration))
     if ev.PipelineFinished in emit.kinds:
-        emit(ev.PipelineFinished(run.run_id, path, unix_time(), work.sink.collected(), duration))
+        emit(ev.PipelineFinished(run_id, path, unix_time(), sink.collected(), duration))
 
 
 def item_runner(scope: Scope) -> RunItem:

@@ -8,9 +8,9 @@ from typing import Any
 
 from hypernodes._crew import Crew
 from hypernodes._feed import END
-from hypernodes._mapping import ItemFailure, MapResult, MapSpec
+from hypernodes._mapping import ItemFailure, MapResult, MapSpec, Path
 from hypernodes._program import Program
-from hypernodes._run import MapWork, Scope, Sink
+from hypernodes._run import MapWork, Run, Scope, Sink
 from hypernodes.errors import TooManyFailuresError
 
 RunItem = Callable[[Scope, Program, list[Any], int, "MapRun"], Awaitable[None]]
@@ -19,12 +19,16 @@ RunItem = Callable[[Scope, Program, list[Any], int, "MapRun"], Awaitable[None]]
 class Columns:
     """A sink that gathers a list for each output, in input order."""
 
-    __slots__ = ("_names", "digests", "failures", "lazy", "lists", "traced")
+    __slots__ = ("_first", "_names", "digests", "failures", "lazy", "lists", "traced")
 
     bounded = False
+    window = None
 
-    def __init__(self, names: Sequence[str], count: int, *, lazy: bool = False, traced: bool = False) -> None:
+    def __init__(
+        self, names: Sequence[str], count: int, *, lazy: bool = False, traced: bool = False, first: int = 0
+    ) -> None:
         self._names = names
+        self._first = first
         self.lazy = lazy
         self.traced = traced
         """Whether it keeps digests."""
@@ -42,6 +46,7 @@ class Columns:
 
     def deliver(self, index: int, outputs: tuple[Any, ...], digests: Sequence[Any] | None = None) -> None:
         """Store an item's outputs at its position."""
+        index -= self._first
         if digests is not None and self.traced:
             for known, digest in zip(self.digests, digests, strict=True):
                 known[index] = digest
@@ -60,10 +65,12 @@ class Columns:
 class Failures:
     """What a map does with a failing item: raise the error, or collect it, up to a bound."""
 
-    __slots__ = ("_scope", "_seen", "_sink", "_spec")
+    __slots__ = ("_path", "_run", "_seen", "_sink", "_spec", "_what")
 
-    def __init__(self, scope: Scope, spec: MapSpec, sink: Sink) -> None:
-        self._scope = scope
+    def __init__(self, run: Run, path: Path, spec: MapSpec, sink: Sink, what: str) -> None:
+        self._run = run
+        self._path = path
+        self._what = what
         self._spec = spec
         self._sink = sink
         self._seen: list[ItemFailure] = []
@@ -72,7 +79,7 @@ class Failures:
         """Hand a failure to the sink, or raise its error."""
         if self._spec.on_error == "raise":
             raise error
-        path = self._scope.run.forgive(error, self._scope.at(index))
+        path = self._run.forgive(error, (*self._path, index))
         failure = ItemFailure(index, path, error, inputs)
         self._sink.fail(failure)
         most = self._spec.max_failures
@@ -81,7 +88,7 @@ class Failures:
         self._seen.append(failure)
         if len(self._seen) >= most:
             raise TooManyFailuresError(
-                f"{self._scope.plan.label} was stopped at its failed item number {most} (max_failures); "
+                f"{self._what} was stopped at its failed item number {most} (max_failures); "
                 f"the last failure is the cause of this error",
                 self._seen,
             ) from error
@@ -105,7 +112,7 @@ class MapRun:
         self._limit = limit
         self._run_item = run_item
         self._slots = tuple(work.program.slots[name] for name in work.spec.over)
-        self._failures = Failures(work.scope, work.spec, work.sink)
+        self._failures = Failures(work.scope.run, work.scope.path, work.spec, work.sink, work.scope.plan.label)
         self._quick = not work.feed.waits and not work.sink.bounded
         self._active = 1
         self._taken = first

@@ -13,7 +13,6 @@ from hypernodes import events as ev
 from hypernodes._bridge import Iteration, blocking, run_sync
 from hypernodes._callbacks import CallbackDispatcher
 from hypernodes._definition import PipelineDefinition
-from hypernodes._engine import DEFAULT_ITEMS
 from hypernodes._feed import Feed, ListFeed, stream_feed
 from hypernodes._map_run import Columns
 from hypernodes._mapping import ItemResult, MapMode, MapResult, MapSpec, OnError, listed_rows
@@ -243,7 +242,7 @@ class Pipeline(PipelineDefinition):
         spec = self._map_spec(inputs, map_over, map_mode, max_concurrency, on_error, max_failures, output_name)
         feed, total = stream_feed(spec, inputs, self._plan.label)
         job = self._job(inputs, output_name, refresh, spec, feed, total)
-        window = max_concurrency or self._items_at_once()
+        window = max_concurrency or self._backend().items_at_once()
         stream = ItemStream(self.outputs if job.wanted is None else job.wanted, window, ordered=ordered)
 
         async def produce() -> None:
@@ -417,10 +416,6 @@ class Pipeline(PipelineDefinition):
     def _backend(self) -> Backend:
         said = self._plan.settings.backend
         return _DEFAULT_BACKEND if said is INHERIT else said
-
-    def _items_at_once(self) -> int:
-        backend = self._backend()
-        return (isinstance(backend, LocalBackend) and backend.engine.max_concurrency) or DEFAULT_ITEMS
 
     async def _placed(self, job: Job, emit: ev.Emit | None, sink: Any = None) -> Any:
         """Hand a job to the backend; a pipeline that runs itself, deeper and deeper, is stopped."""

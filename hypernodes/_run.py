@@ -54,6 +54,11 @@ class Sink(Protocol):
         """Whether it can be full."""
         ...
 
+    @property
+    def window(self) -> int | None:
+        """How many rows may be on their way at once; None for a sink that is never full."""
+        ...
+
     def full(self, taken: int) -> bool:
         """Say whether the map, having taken so many rows, should wait for :meth:`room` before another."""
         ...
@@ -93,6 +98,8 @@ class Job:
     """Limits that enclosing pipelines have set."""
     total: int | None = None
     """Of a map: how many rows there are, where that is known."""
+    first: int | None = None
+    """Of a part of a map: the position of its first row in the whole, whose start and end are told by others."""
     cache: Any = None
     """The store of the enclosing pipelines; None for no cache."""
     refresh: frozenset[str] = frozenset()
@@ -159,6 +166,8 @@ class MapWork:
     sink: Sink
     origin: Origin | None = None
     """Of a nested map with a cache: what is known of its inputs."""
+    first: int | None = None
+    """Of a part of a map: the position of its first row in the whole."""
 
 
 @dataclass(frozen=True, slots=True)

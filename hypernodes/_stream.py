@@ -189,7 +189,7 @@ class ItemStream(Handover[ItemResult]):
     def __init__(self, names: Sequence[str], window: int, *, ordered: bool) -> None:
         super().__init__()
         self._names = tuple(names)
-        self._window = window
+        self.window = window
         self._ordered = ordered
         self._early: dict[int, ItemResult] = {}
         self._next = 0
@@ -199,12 +199,12 @@ class ItemStream(Handover[ItemResult]):
 
     def full(self, taken: int) -> bool:
         """Say whether as many rows as the window allows are on their way to the consumer."""
-        return taken - self._taken >= self._window
+        return taken - self._taken >= self.window
 
     async def room(self) -> None:
         """Wait until the consumer has emptied half the window, or waits for more."""
         self._room = anyio.Event()
-        self._wanted_below = self._taken + max(1, self._window // 2)
+        self._wanted_below = self._taken + max(1, self.window // 2)
         await self._room.wait()
         self._room = None
 

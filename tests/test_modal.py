@@ -31,7 +31,9 @@ from hypernodes import (
     node,
 )
 from hypernodes.backend import LocalBackend, ModalBackend, RemoteBackend
-from hypernodes.backend._remote import packed, run_payload, unpacked
+from hypernodes.backend._entry import Shared, run_payload
+from hypernodes.backend._message import packed, unpacked
+from hypernodes.backend._remote import Line
 from tests import loopback
 
 plane, client = loopback.plane, loopback.client
@@ -445,6 +447,24 @@ async def test_a_cache_on_a_volume(plane, client, tmp_path):
     assert plane.calls["VolumeCommit"] + plane.container_calls["VolumeCommit"] >= 1
 
 
+class EchoLine(Line):
+    """The other end is here."""
+
+    def __init__(self, seen=None):
+        self._seen = seen
+
+    async def call(self, payload, shared=None):
+        if self._seen is not None:
+            self._seen(payload)
+        return await run_payload(payload, None, shared)
+
+    async def share(self, data):
+        async def fetch():
+            return data
+
+        return Shared(Shared.name(data), fetch)
+
+
 class TestSeam:
     """The payload and the reply, without Modal."""
 
@@ -467,8 +487,8 @@ class TestSeam:
         """A subclass that hands bytes to run_payload is a backend."""
 
         class Echo(RemoteBackend):
-            async def submit(self, payload, job, receive):
-                return await run_payload(payload)
+            async def connected(self, label, receive, work):
+                return await work(EchoLine())
 
         pipeline = Pipeline([clean], backend=Echo())
         assert await pipeline.arun(text=" a ") == {"cleaned": "a"}
@@ -480,9 +500,8 @@ class TestSeam:
         payloads = []
 
         class Listening(RemoteBackend):
-            async def submit(self, payload, job, receive):
-                payloads.append(payload)
-                return await run_payload(payload)
+            async def connected(self, label, receive, work):
+                return await work(EchoLine(payloads.append))
 
         cache = DiskCache(tmp_path / "cache", key=key)
         inside = Pipeline([measure], name="inside", cache=DiskCache(tmp_path / "inside", key=key))
@@ -499,9 +518,9 @@ class TestSeam:
         """It says how to give it one; results that nobody signs need none."""
 
         class Bare(RemoteBackend):
-            async def submit(self, payload, job, receive):
+            async def connected(self, label, receive, work):
                 monkeypatch.delenv("HYPERNODES_CACHE_KEY", raising=False)
-                return await run_payload(payload)
+                return await work(EchoLine())
 
         pipeline = Pipeline([clean], backend=Bare())
         with pytest.raises(CacheError, match=r"secrets=\[modal\.Secret\.from_dict\(\{\"HYPERNODES_CACHE_KEY\""):

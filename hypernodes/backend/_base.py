@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from hypernodes._bridge import run_sync
+from hypernodes._engine import DEFAULT_ITEMS
 from hypernodes._run import Job, Sink
 from hypernodes.events import Emit
 
@@ -17,6 +18,9 @@ class Backend(ABC):
     with it. How the job is executed once there is the engine's matter.
     """
 
+    remote: ClassVar[bool] = False
+    """Whether it is another machine, so that a job travels there as bytes."""
+
     @abstractmethod
     async def arun(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:
         """Run a job once and return the wanted outputs by name; send events to ``emit``."""
@@ -24,6 +28,10 @@ class Backend(ABC):
     @abstractmethod
     async def amap(self, job: Job, sink: Sink, emit: Emit | None = None) -> None:
         """Run a job for each row of its feed, hand results to ``sink`` as items finish."""
+
+    def items_at_once(self) -> int:
+        """Return how many items of a stream are on their way at once, where its caller does not say."""
+        return DEFAULT_ITEMS
 
     def run(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:
         """Run a job from sync code."""

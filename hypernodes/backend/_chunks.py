@@ -1,13 +1,11 @@
-"""A map in chunks of items over worker processes: sizes by measured time, dead workers, and who was guilty."""
+"""A map in chunks of items over worker processes: dead workers, and who was guilty."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
-import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +13,12 @@ import anyio
 
 from hypernodes._crew import Crew
 from hypernodes._engine import PipelineExecutionEngine
-from hypernodes._feed import END
 from hypernodes._map_run import Failures
 from hypernodes._plan import ExecutionPlan, PlanStep
 from hypernodes._program import BoundPlan, Program
 from hypernodes._run import Bound, BoundKey, MapWork, Mode, Scope, held
 from hypernodes._trace import Trace
+from hypernodes.backend._chunking import MOST_ITEMS, Chunk, Chunks
 from hypernodes.backend._wire import Travelling, load_error, loads, packed, packed_checked, with_error
 from hypernodes.errors import SerializationError, WorkerCrashedError
 from hypernodes.events import Event, format_path
@@ -30,23 +28,9 @@ if TYPE_CHECKING:
 
 TARGET_S = 0.1
 """Seconds that a chunk should take: long against the 0.3 ms it costs to send, short against a wait."""
-_GROWTH = 4
-MOST_ITEMS = 1 << 14
-SLOW_ROW_S = 0.005
 STARTED, DONE = 1, 2
 """What the worker's board says of an item of its chunk."""
 _MOST_STILLBIRTHS = 3
-
-
-@dataclass(slots=True)
-class Chunk:
-    """Rows on their way to a worker, with how often this one item has killed one."""
-
-    first: int
-    rows: list[tuple[Any, ...]]
-    crashes: int = 0
-    done: set[int] = field(default_factory=set)
-    """Items whose results or failures have arrived."""
 
 
 class WorkerDied(Exception):  # noqa: N818 - never leaves this package
@@ -60,7 +44,7 @@ class ChunkedMap:
         self._pool = pool
         self.scope = scope = work.scope
         self._spec = spec = work.spec
-        self._feed = work.feed
+        self._first = work.first or 0
         self._total = total = work.total
         self._sink = work.sink
         self._inputs = work.inputs
@@ -72,13 +56,9 @@ class ChunkedMap:
         self._wanted = tuple(name for name, _ in work.program.outputs)
         self.saves = scope.cache is not None or self._plan.has_cache
         """Whether workers write to a cache."""
-        self._failures = Failures(scope, spec, work.sink)
+        self._failures = Failures(scope.run, scope.path, spec, work.sink, scope.plan.label)
         program = work.program
         self._attempts = _crash_attempts(program)
-        self._taken = 0
-        self._taking = anyio.Lock()
-        self._redo: deque[Chunk] = deque()
-        self._exhausted = False
         self._stillbirths = 0
         items_at_once = scope.engine.items_at_once(spec)
         most = spec.max_concurrency or scope.engine.max_concurrency or pool.size
@@ -86,8 +66,11 @@ class ChunkedMap:
         self._lanes = max(1, lanes)
         # Items that never wait run one at a time in each worker, and it is known which one killed it.
         self._limit = max(1, items_at_once // self._lanes) if _waits(program) else 1
-        self._least = min(self._limit, MOST_ITEMS)
-        self._size = self._least
+        least = min(self._limit, MOST_ITEMS)
+        self._chunks = Chunks(
+            work.feed, work.sink, total, lanes=self._lanes, target_s=TARGET_S, least=least, first=self._first
+        )
+        self.next_chunk = self._chunks.next
         bounds = _bounds(program.plan, scope)
         self._keys = list(bounds)
         self.bounds = list(bounds.values())
@@ -174,7 +157,7 @@ class ChunkedMap:
                     self.scope.run.blame(error, self.scope.at(index))
                     self.failed(chunk, index, error)
                 else:
-                    self._redo.append(Chunk(index, [row], chunk.crashes))
+                    self._chunks.redo.append(Chunk(index, [row], chunk.crashes))
             return None
 
     async def _lane(self, crew: Crew) -> None:
@@ -184,44 +167,10 @@ class ChunkedMap:
                 async with held([self._pool.tokens]), self._pool.worker() as worker:
                     await _Lane(self, worker, chunk).run()
 
-    async def next_chunk(self) -> Chunk | None:
-        """Return the next rows to run; None when there are none left."""
-        if self._redo:
-            return self._redo.popleft()
-        async with self._taking:
-            if self._redo:
-                return self._redo.popleft()
-            chunk = Chunk(self._taken, [])
-            size = self._next_size()
-            while len(chunk.rows) < size and not self._exhausted:
-                if self._sink.bounded and self._sink.full(self._taken):
-                    if chunk.rows:
-                        break
-                    await self._sink.room()
-                    continue
-                began = time.monotonic()
-                row = await self._feed.pull() if self._feed.waits else self._feed.next()
-                if row is END:
-                    self._exhausted = True
-                    break
-                chunk.rows.append(row)
-                self._taken += 1
-                if time.monotonic() - began > SLOW_ROW_S:
-                    # A slow source should not keep the rows there are from running.
-                    break
-            return chunk if chunk.rows else None
-
-    def _next_size(self) -> int:
-        if self._total is None:
-            return self._size
-        # Towards the end chunks get smaller, so that workers finish together.
-        remaining = self._total - self._taken
-        share = remaining / (self._lanes if self._least > 1 else 2 * self._lanes)
-        return max(1, min(self._size, math.ceil(share)))
-
     def digests_of(self, chunk: Chunk) -> list[tuple[Any, ...]] | None:
         """Return the digests of a chunk's rows, where they are known."""
-        return None if self._digests is None else self._digests[chunk.first : chunk.first + len(chunk.rows)]
+        start = chunk.first - self._first
+        return None if self._digests is None else self._digests[start : start + len(chunk.rows)]
 
     def remember(self, noted: Any) -> None:
         """Take over what a worker has noted of the entries that it has written."""
@@ -232,8 +181,7 @@ class ChunkedMap:
     def measured(self, items: int, seconds: float) -> None:
         """Note how long a chunk took; the next ones should take TARGET_S."""
         self._stillbirths = 0
-        wanted = int(TARGET_S * items / max(seconds, 1e-9))
-        self._size = max(self._least, min(wanted, self._size * _GROWTH, MOST_ITEMS))
+        self._chunks.measured(items, seconds)
 
     def results(self, chunk: Chunk, items: list[Any], events: list[Event]) -> None:
         """Take what a worker has finished."""
@@ -273,7 +221,7 @@ class ChunkedMap:
         """Find out which item killed a worker; what it has not done goes to other workers."""
         left = [index for index in range(chunk.first, chunk.first + len(chunk.rows)) if index not in chunk.done]
         started = [index for index in left if board[index - chunk.first] == STARTED]
-        self._redo.extend(
+        self._chunks.redo.extend(
             Chunk(index, [chunk.rows[index - chunk.first]], chunk.crashes) for index in left if index not in started
         )
         if not started:
@@ -285,10 +233,11 @@ class ChunkedMap:
                 )
         elif len(started) > 1:
             # Several ran side by side: each one alone will show which it was.
-            self._redo.extend(Chunk(index, [chunk.rows[index - chunk.first]], chunk.crashes) for index in started)
+            alone = [Chunk(index, [chunk.rows[index - chunk.first]], chunk.crashes) for index in started]
+            self._chunks.redo.extend(alone)
         elif chunk.crashes + 1 < self._attempts:
             index = started[0]
-            self._redo.append(Chunk(index, [chunk.rows[index - chunk.first]], chunk.crashes + 1))
+            self._chunks.redo.append(Chunk(index, [chunk.rows[index - chunk.first]], chunk.crashes + 1))
         else:
             index = started[0]
             path = self.scope.at(index)

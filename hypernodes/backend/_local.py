@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import anyio
 import anyio.lowlevel
 
-from hypernodes._engine import PipelineExecutionEngine
+from hypernodes._engine import DEFAULT_ITEMS, PipelineExecutionEngine
 from hypernodes._run import Job, Mode, Run, Sink, Workers, saving
 from hypernodes.backend._base import Backend
 from hypernodes.events import Emit
@@ -59,6 +59,10 @@ class LocalBackend(Backend):
             await saving(run, job, lambda: self.engine.amap(job, run, self, sink))
         finally:
             await run.aclose()
+
+    def items_at_once(self) -> int:
+        """Return how many items of a stream are on their way at once, where its caller does not say."""
+        return self.engine.max_concurrency or DEFAULT_ITEMS
 
     async def __aenter__(self) -> Self:
         from hypernodes.backend._process import WorkerPool

@@ -5,26 +5,42 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import anyio
 
-from hypernodes._crew import Crew
-from hypernodes._node import checked_seconds
-from hypernodes._run import Job, Mode
+from hypernodes._bridge import run_sync
+from hypernodes._crew import Crew, unbroken
+from hypernodes._node import checked_count, checked_seconds
+from hypernodes._run import Mode
 from hypernodes._threads import current_async_library
-from hypernodes.backend._remote import RemoteBackend, run_payload
+from hypernodes.backend._entry import Shared, run_payload
+from hypernodes.backend._remote import Line, Placing, Receive, RemoteBackend
 from hypernodes.backend._sizes import mebibytes
-from hypernodes.errors import DefinitionError, RemoteExecutionError, RemoteTimeoutError, WorkerCrashedError
+from hypernodes.errors import DefinitionError, RemoteExecutionError, RemoteTimeoutError, WorkerCrashedError, quoted
 
 if TYPE_CHECKING:
     import modal
 
 _MOST_SECONDS = 86_400
+_MOST_IDLE_S = 3_600
 _GPU = re.compile(r"[A-Za-z][\w-]*!?(:[1-9]\d*)?")
+ENTRY = "run_job"
+"""The name of the function that every app has."""
+CONTAINERS = 10
+"""How many containers a distributed map takes where ``max_containers`` does not say."""
+_INLINE_BYTES = 1 << 20
+_PIECE_BYTES = 16 << 20
+T = TypeVar("T")
+
+SharedRef = tuple[str, Any, int]
+"""What chunks share: its digest, itself or the ``modal.Dict`` that holds it, and in how many pieces."""
+
 _DRAIN_S = 5.0
 """Seconds that one request for events waits for them."""
 
@@ -35,6 +51,9 @@ class ModalBackend(RemoteBackend):
     However many nodes and items there are, the caller holds one connection. The engine in the container is the one
     that runs here, so nesting, limits, retries, errors, caching and events are as they are locally. It uses the
     account that ``modal token new`` has set up. Needs ``pip install "hypernodes[modal]"`` and asyncio.
+
+    Each run starts an app of its own, and with it new containers; ``async with backend:`` keeps one app for the runs
+    in the block, which find its containers warm.
 
     Args:
         image: the ``modal.Image`` to run in; None for Debian with this Python and hypernodes. Packages that nodes
@@ -52,7 +71,15 @@ class ModalBackend(RemoteBackend):
         map_execution: likewise.
         max_workers: likewise.
         max_concurrency: likewise.
+        mode: ``"single"``: a run, or a whole map, is one call of one container. ``"distributed"``: a map goes out in
+            chunks of items over up to ``max_containers`` containers; a chunk whose container dies is tried again, and
+            an item that kills its container fails alone. Limits are shared out among them.
+        chunk_size: items of a chunk of a distributed map; None to go by the time that they take.
+        max_containers: how many there may be at once; None for Modal's own bound, and 10 for a distributed map.
+        keep_warm: how many containers stay while their app does, also when there is nothing to do.
+        scaledown_window: seconds that an idle container stays, 2 to 3600; None for Modal's default.
         app_name: what the run is called on Modal's pages.
+        deployed: the name of an app that :meth:`adeploy` has made, to run on its containers instead of new ones.
         environment: the Modal environment; None for the account's default.
 
     Raises:
@@ -73,10 +100,18 @@ class ModalBackend(RemoteBackend):
         map_execution: Mode = "async",
         max_workers: int | None = None,
         max_concurrency: int | None = None,
+        mode: Placing = "single",
+        chunk_size: int | None = None,
+        max_containers: int | None = None,
+        keep_warm: int | None = None,
+        scaledown_window: float | None = None,
         app_name: str = "hypernodes",
+        deployed: str | None = None,
         environment: str | None = None,
     ) -> None:
         super().__init__(
+            mode=mode,
+            chunk_size=chunk_size,
             node_execution=node_execution,
             map_execution=map_execution,
             max_workers=max_workers,
@@ -93,34 +128,189 @@ class ModalBackend(RemoteBackend):
             "secrets": [
                 _checked(each, modal.Secret, "secrets", "modal.Secret.from_name(...)") for each in secrets or ()
             ],
+            "max_containers": checked_count(max_containers, "max_containers", "ModalBackend"),
+            "min_containers": checked_count(keep_warm, "keep_warm", "ModalBackend"),
+            "scaledown_window": _checked_window(scaledown_window),
         }
         self._app_name = app_name
         self._environment = environment
+        self._deployed = deployed
+        if deployed is not None:
+            _refuse_options(image, self._options)
+        self._kept: _Kept | None = None
 
-    async def submit(self, payload: bytes, job: Job, receive: Callable[[bytes], None] | None) -> bytes:
-        """Call the container once and return its reply; leaving early ends the container."""
-        if current_async_library() != "asyncio":
-            raise RemoteExecutionError("Modal's client needs asyncio; under trio, call run() in a thread")
+    def items_at_once(self) -> int:
+        """Return how many items of a stream are on their way at once, where its caller does not say."""
+        return super().items_at_once() * (self._width if self.mode == "distributed" else 1)
+
+    @property
+    def _width(self) -> int:
+        return self._options["max_containers"] or CONTAINERS
+
+    async def connected(self, label: str, receive: Receive | None, work: Callable[[Line], Awaitable[T]]) -> T:
+        """Do some work with a container, or several, that are there meanwhile; leaving early ends them."""
+        _need_asyncio()
+        modal = _modal()
+        kept = self._kept
+        with _translated(label):
+            async with contextlib.AsyncExitStack() as stack:
+                if kept is not None:
+                    function = kept.function
+                elif self._deployed is not None:
+                    function = modal.Function.from_name(self._deployed, ENTRY, environment_name=self._environment)
+                else:
+                    function = await stack.enter_async_context(self._app())
+                alone = kept is None and self._deployed is None
+                line = ModalLine(function, list(self._volumes.values()), stack, self._environment, self._width, alone)
+                if receive is None:
+                    return await work(line)
+                line.queue = await stack.enter_async_context(
+                    modal.Queue.ephemeral.aio(environment_name=self._environment)
+                )
+                return await _draining(line.queue, receive, lambda: work(line))
+
+    @contextlib.asynccontextmanager
+    async def _app(self, *, detach: bool = False) -> AsyncIterator[Any]:
+        """Run an app of its own, which ends with the block; give its function."""
+        app, function = self._defined()
+        async with app.run.aio(environment_name=self._environment, detach=detach):
+            yield function
+
+    def _defined(self) -> tuple[Any, Any]:
         modal = _modal()
         image = self._image or modal.Image.debian_slim().pip_install("hypernodes")
         app = modal.App(self._app_name)
-        function = app.function(image=image, volumes=self._volumes, **self._options)(run_job)
-        with _translated(job.plan.label):
-            async with app.run.aio(environment_name=self._environment):
-                mounted = list(self._volumes.values())
-                if receive is None:
-                    return await function.remote.aio(payload, mounted)  # type: ignore[no-any-return]
-                async with modal.Queue.ephemeral.aio(environment_name=self._environment) as queue:
-                    return await _draining(queue, receive, lambda: function.remote.aio(payload, mounted, queue))
+        return app, app.function(image=image, volumes=self._volumes, **self._options)(run_job)
+
+    async def __aenter__(self) -> Self:
+        """Keep one app for the runs in the block, so that they find warm containers."""
+        _need_asyncio()
+        if self._deployed is not None:
+            raise DefinitionError("a deployed app stays as it is; `async with` is for a ModalBackend without deployed=")
+        if self._kept is None:
+            with _translated("the app"):
+                app = self._app()
+                opened = _Kept(app, await app.__aenter__())
+            if self._kept is None:
+                self._kept = opened
+            else:  # two blocks began at once
+                await unbroken(opened.close)
+        self._kept.holders += 1
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        kept = self._kept
+        assert kept is not None
+        kept.holders -= 1
+        if not kept.holders:
+            self._kept = None
+            with _translated("the app"):
+                await unbroken(kept.close)
+
+    async def adeploy(self, name: str) -> None:
+        """Deploy the app under a name, with this backend's image and resources; it stays until it is stopped.
+
+        ``ModalBackend(deployed=name)`` runs on it, from any process, and finds its warm containers.
+        """
+        _need_asyncio()
+        app, _ = self._defined()
+        with _translated(f"deploying {name!r}"):
+            await app.deploy.aio(name=name, environment_name=self._environment)
+
+    def deploy(self, name: str) -> None:
+        """:meth:`adeploy` from sync code."""
+        run_sync(lambda: self.adeploy(name))
+
+    async def detached(self, payload: bytes, label: str) -> str:
+        """Start a call that outlives this process; return the id that it is found by."""
+        _need_asyncio()
+        modal = _modal()
+        volumes = list(self._volumes.values())
+        with _translated(label):
+            if self._deployed is not None:
+                function = modal.Function.from_name(self._deployed, ENTRY, environment_name=self._environment)
+                call = await function.spawn.aio(payload, volumes)
+            else:
+                async with self._app(detach=True) as function:
+                    call = await function.spawn.aio(payload, volumes)
+        return f"modal:{call.object_id}"
 
     def __repr__(self) -> str:
         said = [f"{name}={value!r}" for name, value in self._options.items() if value and name != "secrets"]
         return f"ModalBackend({', '.join(said)})"
 
 
-async def _draining(queue: Any, receive: Callable[[bytes], None], call: Callable[[], Any]) -> bytes:
-    """Make a call, and hand over meanwhile what comes through a queue."""
-    replies: list[bytes] = []
+class ModalLine(Line):
+    """The function of an app, for the calls of one run.
+
+    Args:
+        function: what is called.
+        volumes: those that are mounted.
+        stack: closed when the run ends.
+        environment: the Modal environment.
+        width: how many containers there may be.
+        alone: whether the app is this run's own and ends with it.
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        volumes: list[Any],
+        stack: contextlib.AsyncExitStack,
+        environment: str | None,
+        width: int,
+        alone: bool,
+    ) -> None:
+        self.width = width
+        self.queue: Any = None
+        self._function = function
+        self._volumes = volumes
+        self._stack = stack
+        self._environment = environment
+        self._alone = alone
+
+    async def call(self, payload: bytes, shared: SharedRef | None = None) -> bytes:
+        """Call once."""
+        arguments = (payload, self._volumes, self.queue, shared)
+        with _translated("the pipeline"):
+            if self._alone:
+                return await self._function.remote.aio(*arguments)  # type: ignore[no-any-return]
+            return await _spawned(self._function, arguments)
+
+    async def share(self, data: bytes) -> SharedRef:
+        """Keep what calls share in a ``modal.Dict`` while the run lasts, unless it is small."""
+        name = Shared.name(data)
+        if len(data) <= _INLINE_BYTES:
+            return name, data, 0
+        store = await self._stack.enter_async_context(_modal().Dict.ephemeral.aio(environment_name=self._environment))
+        pieces = range(0, len(data), _PIECE_BYTES)
+        for number, start in enumerate(pieces):
+            await store.put.aio(number, data[start : start + _PIECE_BYTES])
+        return name, store, len(pieces)
+
+
+async def _spawned(function: Any, arguments: tuple[Any, ...]) -> bytes:
+    """Call a function of an app that stays; leaving early ends the call."""
+    calls: list[Any] = []
+
+    async def spawn() -> None:
+        calls.append(await function.spawn.aio(*arguments))
+
+    try:
+        await unbroken(spawn)
+        return await calls[0].get.aio()  # type: ignore[no-any-return]
+    except anyio.get_cancelled_exc_class():
+        if calls:
+            # Its container ends with it, whatever runs there.
+            await unbroken(lambda: calls[0].cancel.aio(terminate_containers=True))
+        raise
+
+
+async def _draining(queue: Any, receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
+    """Do some work, and hand over meanwhile what comes through a queue."""
+    made: list[T] = []
 
     async def drain(crew: Crew) -> None:
         while True:
@@ -129,26 +319,40 @@ async def _draining(queue: Any, receive: Callable[[bytes], None], call: Callable
 
     async def both(crew: Crew) -> None:
         crew.start(drain)
-        replies.append(await call())
+        made.append(await work())
         crew.stop()
 
     await Crew.run(both)
     # What was sent last may have come in after the reply.
     for batch in await queue.get_many.aio(1_000, block=False):
         receive(batch)
-    return replies[0]
+    return made[0]
 
 
-async def run_job(payload: bytes, volumes: Collection[modal.Volume] = (), queue: modal.Queue | None = None) -> bytes:
+async def run_job(
+    payload: bytes,
+    volumes: Collection[modal.Volume] = (),
+    queue: modal.Queue | None = None,
+    shared: SharedRef | None = None,
+) -> bytes:
     """What the container is called with; whatever happens, it is a reply.
 
     Args:
-        payload: the job.
+        payload: the job, or a chunk of one.
         volumes: those that are mounted.
         queue: where events go while the job runs.
+        shared: the job that a chunk is part of.
     """
+    common = None if shared is None else Shared(shared[0], partial(_fetched, shared))
     async with _fresh(volumes):
-        return await run_payload(payload, None if queue is None else partial(_post, queue))
+        return await run_payload(payload, None if queue is None else partial(_post, queue), common)
+
+
+async def _fetched(shared: SharedRef) -> bytes:
+    _, data, pieces = shared
+    if isinstance(data, bytes):
+        return data
+    return b"".join([await data.get.aio(number) for number in range(pieces)])
 
 
 async def _post(queue: Any, batch: bytes) -> None:
@@ -166,6 +370,23 @@ async def _fresh(volumes: Collection[modal.Volume]) -> AsyncIterator[None]:
         with anyio.CancelScope(shield=True):
             for volume in volumes:
                 await volume.commit.aio()  # type: ignore[no-untyped-call]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """An app that is kept for several runs, on whichever loop: Modal's client has a loop of its own."""
+
+    app: contextlib.AbstractAsyncContextManager[Any]
+    function: Any
+    holders: int = 0
+
+    async def close(self) -> None:
+        await self.app.__aexit__(None, None, None)
+
+
+def _need_asyncio() -> None:
+    if current_async_library() != "asyncio":
+        raise RemoteExecutionError("Modal's client needs asyncio; under trio, call run() in a thread")
 
 
 def _modal() -> Any:
@@ -221,6 +442,29 @@ def _checked_timeout(timeout: Any) -> int:
     if seconds is None or not 1 <= seconds <= _MOST_SECONDS:
         raise DefinitionError(f"timeout of ModalBackend is 1 to {_MOST_SECONDS:,} seconds (a day), not {timeout!r}")
     return math.ceil(seconds)
+
+
+def _checked_window(seconds: Any) -> int | None:
+    if seconds is None:
+        return None
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 2 <= seconds <= _MOST_IDLE_S:
+        return math.ceil(seconds)
+    raise DefinitionError(f"scaledown_window of ModalBackend is 2 to {_MOST_IDLE_S:,} seconds, not {seconds!r}")
+
+
+_OF_THE_APP = ("gpu", "cpu", "memory", "timeout", "secrets", "min_containers", "scaledown_window")
+
+
+def _refuse_options(image: Any, options: Mapping[str, Any]) -> None:
+    """Raise an error for options that a deployed app has already, given beside its name."""
+    default = {"timeout": 3600}
+    said = ["image"] if image is not None else []
+    said += [name for name in _OF_THE_APP if options[name] and options[name] != default.get(name)]
+    if said:
+        raise DefinitionError(
+            f"a deployed app has its own {quoted(said)}: give them to the ModalBackend that deploys it, and only "
+            f"its name here"
+        )
 
 
 def _checked_volumes(volumes: Any, modal: Any) -> dict[str, Any]:

@@ -124,6 +124,7 @@ class Outbox:
     """Results and events on their way to the parent, sent in batches by time; a sink and an emit."""
 
     bounded = False
+    window = None
     lazy = False
 
     def __init__(

@@ -1,77 +1,108 @@
-"""The seam to other machines: a payload of bytes goes out, a reply of bytes comes back; the same for every place.
-
-A payload is a plain header and a pickled job. The header is checked before anything is unpickled, since a pickle of
-one Python's functions may crash another.
-"""
+"""The seam to other machines: a payload of bytes goes out, a reply of bytes comes back; the same for every place."""
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import struct
-import sys
-from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
-from io import BytesIO
-from typing import Any, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from time import perf_counter
+from typing import Any, ClassVar, Literal, TypeVar
 
 import anyio
-import cloudpickle
 
-from hypernodes._crew import Crew
-from hypernodes._engine import PipelineExecutionEngine
-from hypernodes._feed import END, ListFeed
-from hypernodes._map_run import Columns
-from hypernodes._mapping import Rows
-from hypernodes._plan import INHERIT, ExecutionPlan, Inherit, PlanStep
-from hypernodes._run import Job, Mode, Run, Sink, saving
-from hypernodes._version import __version__
+from hypernodes._engine import DEFAULT_ITEMS, PipelineExecutionEngine, told_map
+from hypernodes._feed import END
+from hypernodes._map_run import Failures
+from hypernodes._mapping import MapSpec
+from hypernodes._node import checked_count
+from hypernodes._plan import ExecutionPlan, PlanStep
+from hypernodes._run import Job, Mode, Run, Sink
+from hypernodes._threads import default_threads, in_thread
 from hypernodes.backend._base import Backend
-from hypernodes.backend._local import LocalBackend
-from hypernodes.backend._wire import Parts, dump_error, find_unpicklable, load_error, loads, with_error
-from hypernodes.cache._disk import KEY_VARIABLE, DiskCache
-from hypernodes.errors import CacheError, RemoteExecutionError, SerializationError
-from hypernodes.events import Emit, Emitter, Event
+from hypernodes.backend._entry import ItemsReply
+from hypernodes.backend._message import packed, unpacked
+from hypernodes.backend._wire import find_unpicklable, load_error, with_error
+from hypernodes.errors import DefinitionError, SerializationError
+from hypernodes.events import Emit
 
-MAGIC = b"hypernodes"
-FORMAT = 1
-_COUNT = struct.Struct("<I")
-_LENGTH = struct.Struct("<Q")
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-POST_S = 0.2
-"""Seconds between two batches of events that are sent while a job runs."""
+Receive = Callable[[bytes], None]
+"""Takes a batch of events that was sent while a job runs."""
+Placing = Literal["single", "distributed"]
 T = TypeVar("T")
 
-Post = Callable[[bytes], Awaitable[None]]
-"""Sends a batch of events to the caller while the job runs."""
+
+class Line(ABC):
+    """An open connection to a place, for the calls of one run."""
+
+    width: int = 1
+    """How many calls may be under way at once."""
+    target_s: float = 5.0
+    """Seconds that a call should take for its own cost to be small."""
+
+    @abstractmethod
+    async def call(self, payload: bytes, shared: Any = None) -> bytes:
+        """Have :func:`~hypernodes.backend._entry.run_payload` called there and return its reply.
+
+        Args:
+            payload: what to call it with.
+            shared: of a chunk: what :meth:`share` returned.
+
+        Raises:
+            WorkerCrashedError: what ran it died.
+            RemoteTimeoutError: it took longer than the place allows.
+        """
+
+    @abstractmethod
+    async def share(self, data: bytes) -> Any:
+        """Leave there what several calls need, and return what to name it by in a call."""
 
 
 class RemoteBackend(Backend):
-    """A place on another machine: subclasses say how a payload gets there and its reply back.
+    """A place on other machines: subclasses say how a payload gets there and its reply back.
 
     Takes the options of :class:`PipelineExecutionEngine`, for the engine that runs there.
+
+    Args:
+        mode: ``"single"``: a run, or a whole map, is one call. ``"distributed"``: a map goes out in chunks of items,
+            as many at once as the place takes.
+        chunk_size: items of a chunk; None to go by the time that they take.
+        node_execution: as for the engine.
+        map_execution: likewise.
+        max_workers: likewise.
+        max_concurrency: likewise; of a distributed map, for each chunk.
     """
+
+    remote: ClassVar[bool] = True
 
     def __init__(
         self,
         *,
+        mode: Placing = "single",
+        chunk_size: int | None = None,
         node_execution: Mode = "async",
         map_execution: Mode = "async",
         max_workers: int | None = None,
         max_concurrency: int | None = None,
     ) -> None:
+        if mode not in ("single", "distributed"):
+            raise DefinitionError(f"mode of {type(self).__name__} is 'single' or 'distributed', not {mode!r}")
+        checked_count(chunk_size, "chunk_size", type(self).__name__)
+        if chunk_size is not None and mode == "single":
+            raise DefinitionError(f"chunk_size of {type(self).__name__} is for mode='distributed'")
+        self.mode = mode
+        self.chunk_size = chunk_size
         self.engine = PipelineExecutionEngine(node_execution, map_execution, max_workers, max_concurrency)
 
     @abstractmethod
-    async def submit(self, payload: bytes, job: Job, receive: Callable[[bytes], None] | None) -> bytes:
-        """Have :func:`run_payload` called there and return its reply.
+    async def connected(self, label: str, receive: Receive | None, work: Callable[[Line], Awaitable[T]]) -> T:
+        """Do some work with a line that is open meanwhile; leaving early ends what runs there.
 
         Args:
-            payload: what to call it with.
-            job: what the payload is made of.
+            label: what is run, for messages.
             receive: takes batches of events while the job runs, where the place can send them; None when nobody
                 listens.
+            work: what to do.
         """
 
     async def arun(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:
@@ -80,317 +111,190 @@ class RemoteBackend(Backend):
         return outputs
 
     async def amap(self, job: Job, sink: Sink, emit: Emit | None = None) -> None:
-        """Run a job there for each row of its feed; results are handed over when all are done."""
-        columns, failures = await self._answer(job, emit)
-        failed = {failure.index for failure in failures}
-        for index, outputs in enumerate(zip(*columns, strict=True)):
-            if index not in failed:
-                if sink.bounded:
-                    while sink.full(index):
-                        await sink.room()
-                sink.deliver(index, outputs)
-        for failure in failures:
-            sink.fail(failure)
+        """Run a job there for each row of its feed: in one call, whose results come when all are done, or in chunks."""
+        assert job.map is not None
+        if self.mode == "distributed":
+            await self._distributed(job, sink, emit)
+            return
+        rows = await _all_rows(job)
+        run = job.run or Run(job.run_id, emit)
+        answer: ItemsReply = await self._answer(job, emit, rows)
+        taker = Taker(run, job, sink)
+        await taker.take(answer, 0, rows)
 
-    async def _answer(self, job: Job, emit: Emit | None) -> Any:
-        payload = await pack_job(job, self, emit.kinds if emit is not None else frozenset())
+    def items_at_once(self) -> int:
+        """Return how many items of a stream are on their way at once, where its caller does not say."""
+        return self.engine.max_concurrency or DEFAULT_ITEMS
 
-        def receive(batch: bytes) -> None:
-            assert emit is not None
-            for event in unpacked(batch)[1]:
-                emit(with_error(event, load_error))
-
-        reply = await self.submit(payload, job, receive if emit is not None and emit.kinds else None)
-        kind, answer, events = unpacked(reply)
-        if emit is not None:
-            for event in events:
-                emit(with_error(event, load_error))
+    async def _answer(self, job: Job, emit: Emit | None, rows: list[tuple[Any, ...]] | None = None) -> Any:
+        kinds = emit.kinds if emit is not None else frozenset()
+        payload = await packed_job(job, self, kinds, rows)
+        receive = partial(_replay, emit) if emit is not None and kinds else None
+        reply = await self.connected(job.plan.label, receive, lambda line: line.call(payload))
+        kind, answer = await opened(reply, emit)
         if kind == "raised":
             raise load_error(answer, None if job.run is None else job.run.blame)
         return answer
 
+    async def _distributed(self, job: Job, sink: Sink, emit: Emit | None) -> None:
+        from hypernodes.backend._distributed import DistributedMap
 
-async def pack_job(job: Job, place: RemoteBackend, kinds: frozenset[type]) -> bytes:
-    """Return a job as a payload for a place.
+        kinds = emit.kinds if emit is not None else frozenset()
+        receive = partial(_replay, emit) if emit is not None and kinds else None
+
+        async def chunks(line: Line) -> None:
+            await DistributedMap(self, line, job, sink, emit).run()
+
+        async def items() -> None:
+            if job.total != 0:
+                await self.connected(job.plan.label, receive, chunks)
+
+        await told_map(emit, job.run_id, job.path, job.inputs, job.total, sink, items)
+
+
+class Taker:
+    """Hands what became of a map's rows to its sink."""
+
+    def __init__(self, run: Run, job: Job, sink: Sink) -> None:
+        assert job.map is not None
+        self._run = run
+        self._over = job.map.over
+        self._sink = sink
+        self._failures = Failures(run, job.path, job.map, sink, job.plan.label)
+
+    async def take(self, answer: ItemsReply, first: int, rows: list[tuple[Any, ...]]) -> None:
+        """Hand over the results and failures of some rows."""
+        failed = dict(answer.failures)
+        for position, outputs in enumerate(zip(*answer.lists, strict=True)):
+            index = first + position
+            while self._sink.bounded and self._sink.full(index):
+                await self._sink.room()
+            if index in failed:
+                self.failed(index, rows[position], load_error(failed[index], self._run.blame))
+            else:
+                self._sink.deliver(index, outputs)
+            if perf_counter() > self._run.yield_at:
+                await self._run.breathe()
+
+    def failed(self, index: int, row: tuple[Any, ...], error: BaseException) -> None:
+        """Hand over an item's failure, or raise it."""
+        if not isinstance(error, Exception):
+            raise error
+        self._failures.take(index, dict(zip(self._over, row, strict=True)), error)
+
+
+async def packed_job(
+    job: Job,
+    place: RemoteBackend,
+    kinds: frozenset[type],
+    rows: list[tuple[Any, ...]] | None = None,
+    *,
+    spec: MapSpec | None = None,
+    **more: Any,
+) -> bytes:
+    """Return a job as a payload for a place; it is pickled in a thread.
+
+    Args:
+        job: what is to be run.
+        place: where; pipelines inside that ask for it are there already.
+        kinds: the events that are to be sent back.
+        rows: of a map, unless they come in chunks.
+        spec: of a map; None for the job's own.
+        more: further entries of the description.
 
     Raises:
         SerializationError: part of it cannot be pickled; the message has its path, such as
             ``inputs['encoder']._lock``.
     """
-    rows = None
-    if job.feed is not None:
-        rows = []
-        while (row := await job.feed.pull()) is not END:
-            rows.append(row)
-    cache = job.cache if getattr(job.cache, "travels", False) else None
     described = {
         "plan": job.plan,
         "inputs": job.inputs,
         "run_id": job.run_id,
         "path": job.path,
         "wanted": job.wanted,
-        "map": job.map,
+        "map": spec or job.map,
         "rows": rows,
-        "limits": {name: _tokens(bound) for name, bound in (job.limits or {}).items()},
-        "cache": cache,
+        "limits": {name: tokens_of(bound) for name, bound in (job.limits or {}).items()},
+        "cache": job.cache if getattr(job.cache, "travels", False) else None,
         "refresh": job.refresh,
         "given": job.given,
         "engine": place.engine,
         "kinds": kinds,
+        **more,
     }
-    try:
-        return packed("job", described, place=place)
-    except SerializationError:
-        raise
-    except Exception as error:  # pickling runs the user's code
-        named: dict[str, Any] = {f"inputs[{name!r}]": value for name, value in job.inputs.items()}
-        if job.map is not None and rows is not None:
-            for position, name in enumerate(job.map.over):
-                named |= {f"inputs[{name!r}][{index}]": row[position] for index, row in enumerate(rows)}
-        named |= _functions(job.plan)
-        found = next((found for name, part in named.items() if (found := find_unpicklable(part, name))), None)
-        where, culprit, reason = found or (job.plan.label, job.plan, error)
-        raise SerializationError(
-            f"{job.plan.label} cannot be sent to another machine: {where} is a {type(culprit).__name__} ({reason}). "
-            f"Make it inside the node, or give its class __getstate__/__reduce__"
-        ) from error
 
-
-async def run_payload(payload: bytes, post: Post | None = None) -> bytes:
-    """Run a payload here and return the reply; whatever happens, it is a reply. The remote end of the seam.
-
-    Args:
-        payload: what :func:`pack_job` made.
-        post: where to send events while the job runs; without it they come with the reply.
-    """
-    try:
-        _, described = unpacked(payload)
-    except RemoteExecutionError as error:
-        return packed("raised", dump_error(error, None), [])
-    except CacheError as error:
-        return packed("raised", dump_error(error, None), [])
-    except Exception as error:  # noqa: BLE001 - unpickling runs the user's code
-        return packed("raised", dump_error(_unreadable(error), None), [])
-    outbox = Outbox(described["kinds"], post)
-    run = Run(described["run_id"], outbox if outbox.kinds else None, described["refresh"])
-    try:
-        answer = await outbox.while_posting(lambda: _run(described, run))
-    except Exception as error:  # noqa: BLE001 - it is raised where the caller waits
-        return packed("raised", dump_error(error, run.forgive(error, described["path"])), outbox.take())
-    try:
-        return packed("returned", answer, outbox.take())
-    except Exception as error:  # noqa: BLE001 - pickling runs the user's code
-        return packed("raised", dump_error(_unsendable(answer, error), None), outbox.take())
-
-
-async def _run(described: Mapping[str, Any], run: Run) -> Any:
-    engine: PipelineExecutionEngine = described["engine"]
-    backend = LocalBackend(
-        node_execution=engine.node_execution,
-        map_execution=engine.map_execution,
-        max_workers=engine.max_workers,
-        max_concurrency=engine.max_concurrency,
-    )
-    spec, rows = described["map"], described["rows"]
-    plan: ExecutionPlan = described["plan"]
-    job = Job(
-        plan=plan,
-        inputs=described["inputs"],
-        run_id=described["run_id"],
-        path=described["path"],
-        wanted=described["wanted"],
-        map=spec,
-        feed=None if rows is None else ListFeed(Rows(spec.over, rows, len(rows))),
-        total=None if rows is None else len(rows),
-        limits={name: anyio.CapacityLimiter(count) for name, count in described["limits"].items()},
-        cache=described["cache"],
-        refresh=described["refresh"],
-        given=described["given"],
-        run=run,
-    )
-    try:
-        if rows is None:
-            return await saving(run, job, lambda: backend.arun(job))
-        columns = Columns(job.wanted or plan.outputs, len(rows))
-        await saving(run, job, lambda: backend.amap(job, columns))
-        return columns.lists, columns.failures
-    finally:
-        await run.aclose()
-
-
-class Outbox(Emitter):
-    """Events on their way to the caller: posted in batches while the job runs, or kept for the reply."""
-
-    __slots__ = ("_events", "_post")
-
-    def __init__(self, kinds: frozenset[type], post: Post | None) -> None:
-        super().__init__(self._keep, kinds)
-        self._events: list[Event] = []
-        self._post = post
-
-    def _keep(self, event: Event) -> None:
-        self._events.append(with_error(event, lambda error: dump_error(error, None)))
-
-    def take(self) -> list[Event]:
-        """Return what has not been posted, without the events about values that cannot be sent."""
-        events, self._events = self._events, []
+    def pack() -> bytes:
         try:
-            packed("events", events)
-        except Exception:  # noqa: BLE001 - pickling runs the user's code
-            return [event for event in events if _sendable(event)]
-        return events
+            return packed("job", described, place=place)
+        except SerializationError:
+            raise
+        except Exception as error:  # pickling runs the user's code
+            raise _unpicklable(job, named_parts(job, rows or ()), error) from error
 
-    async def while_posting(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do some work and post events meanwhile."""
-        if self._post is None or not self.kinds:
-            return await work()
-        made: list[T] = []
-
-        async def both(crew: Crew) -> None:
-            crew.start(self._post_late)
-            made.append(await work())
-            crew.stop()
-
-        await Crew.run(both)
-        return made[0]
-
-    async def _post_late(self, crew: Crew) -> None:
-        assert self._post is not None
-        while True:
-            await anyio.sleep(POST_S)
-            if events := self.take():
-                await self._post(packed("events", events))
+    data: bytes
+    data, _ = await in_thread(pack, default_threads())
+    return data
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
-    """Pickles what a GPU holds such that a machine without one can use it, and caches without their keys.
-
-    Both wherever they hide. ``place`` is the backend that the message goes to: pipelines inside that ask for it are
-    there already.
-    """
-
-    def __init__(self, file: BytesIO, buffers: list[pickle.PickleBuffer], place: Backend | None) -> None:
-        super().__init__(file, protocol=5, buffer_callback=buffers.append)
-        self._place = place
-
-    def reducer_override(self, obj: Any) -> Any:
-        """Return how to rebuild an object; tensors come to the CPU, and the keys of caches stay here."""
-        if isinstance(obj, RemoteBackend):
-            if obj is self._place:
-                return _there_already, ()
-            raise SerializationError(
-                f"a pipeline inside of one that runs on {self._place!r} asks for {obj!r}: a container does not start "
-                f"others; let the pipeline around them run locally"
-            )
-        if isinstance(obj, DiskCache):
-            restore, (kind, path, key, *rest) = obj.__reduce__()
-            return _cache_there, (restore, kind, path, key is not None, *rest)
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(obj, torch.Tensor) and obj.device.type not in ("cpu", "meta"):
-            return obj.cpu().__reduce_ex__(5)
-        return super().reducer_override(obj)
+def named_parts(job: Job, rows: Iterable[tuple[Any, ...]] = (), first: int = 0) -> dict[str, Any]:
+    """Return what a job is made of, by the names that its user knows the parts by."""
+    named: dict[str, Any] = {f"inputs[{name!r}]": value for name, value in job.inputs.items()}
+    if job.map is not None:
+        for index, row in enumerate(rows, first):
+            named |= {f"inputs[{name!r}][{index}]": value for name, value in zip(job.map.over, row, strict=True)}
+    return named | _functions(job.plan)
 
 
-def _there_already() -> Inherit:
-    return INHERIT
+def _unpicklable(job: Job, named: Mapping[str, Any], error: Exception) -> SerializationError:
+    found = next((found for name, part in named.items() if (found := find_unpicklable(part, name))), None)
+    where, culprit, reason = found or (job.plan.label, job.plan, error)
+    return SerializationError(
+        f"{job.plan.label} cannot be sent to another machine: {where} is a {type(culprit).__name__} ({reason}). "
+        f"Make it inside the node, or give its class __getstate__/__reduce__"
+    )
 
 
-def _cache_there(
-    restore: Callable[..., DiskCache], kind: type[DiskCache], path: str, signed: bool, *rest: Any
-) -> DiskCache:
-    """Open a cache on this machine, with the key that this machine has been given."""
-    key = os.environb.get(KEY_VARIABLE.encode()) or None
-    if signed and key is None:
-        raise CacheError(
-            f"the results in the cache at {path!r} are signed, and the other machine has no key: keys are not sent "
-            f"along. Give it the key as the environment variable {KEY_VARIABLE}: "
-            f'ModalBackend(secrets=[modal.Secret.from_dict({{"{KEY_VARIABLE}": ...}})]), or modal.Secret.from_name(...)'
-        )
-    return restore(kind, path, key if signed else None, *rest)
-
-
-def packed(kind: str, *message: Any, place: Backend | None = None) -> bytes:
-    """Return a message as bytes: a plain header, then its pickle with large arrays beside it."""
-    buffers: list[pickle.PickleBuffer] = []
-    file = BytesIO()
-    _Pickler(file, buffers, place).dump((kind, *message))
-    parts: list[Any] = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
-    header = json.dumps({"format": FORMAT, "python": PYTHON, "hypernodes": __version__}).encode()
-    lengths = b"".join(_LENGTH.pack(part.nbytes) for part in parts)
-    return b"".join([MAGIC, _COUNT.pack(len(header)), header, _COUNT.pack(len(parts)), lengths, *parts])
-
-
-def unpacked(data: bytes) -> Any:
-    """Return a message from its bytes.
+async def packed_rows(job: Job, first: int, rows: list[tuple[Any, ...]], place: RemoteBackend) -> bytes:
+    """Return some rows of a map as the payload of a chunk; pickled in a thread.
 
     Raises:
-        RemoteExecutionError: it was written by another Python or version, or by something else.
-        Exception: whatever unpickling runs into.
+        SerializationError: one of them cannot be pickled; the message has its path.
     """
-    view = memoryview(data)
-    if bytes(view[: len(MAGIC)]) != MAGIC:
-        raise RemoteExecutionError("what came from the other machine is not a message of hypernodes")
-    position = len(MAGIC)
-    (length,) = _COUNT.unpack_from(view, position)
-    position += _COUNT.size
-    _check(json.loads(bytes(view[position : position + length])))
-    position += length
-    (count,) = _COUNT.unpack_from(view, position)
-    position += _COUNT.size
-    lengths = [_LENGTH.unpack_from(view, position + index * _LENGTH.size)[0] for index in range(count)]
-    position += count * _LENGTH.size
-    parts: Parts = []
-    for length in lengths:
-        # Arrays write into their buffers, as they could where they were made.
-        parts.append(view[position : position + length] if not parts else bytearray(view[position : position + length]))
-        position += length
-    return loads(parts)
+
+    def pack() -> bytes:
+        try:
+            return packed("chunk", {"rows": rows, "first": first}, place=place)
+        except SerializationError:
+            raise
+        except Exception as error:  # pickling runs the user's code
+            named = named_parts(replace(job, inputs={}), rows, first)
+            raise _unpicklable(job, named, error) from error
+
+    data: bytes
+    data, _ = await in_thread(pack, default_threads())
+    return data
 
 
-def _check(header: Mapping[str, Any]) -> None:
-    """Raise an error that says what to do, if the two ends do not fit."""
-    if header.get("python") != PYTHON:
-        raise RemoteExecutionError(
-            f"one end runs Python {header.get('python')} and the other Python {PYTHON}: functions can be sent between "
-            f"equal versions only; choose the image's Python, as in debian_slim(python_version=...)"
-        )
-    if header.get("format") != FORMAT:
-        raise RemoteExecutionError(
-            f"one end has hypernodes {header.get('hypernodes')} and the other {__version__}, which do not fit: "
-            f"install the same version in both"
-        )
+async def opened(reply: bytes, emit: Emit | None) -> tuple[str, Any]:
+    """Return what a reply says, after the events that came with it; it is unpickled in a thread."""
+    (kind, answer, events), _ = await in_thread(lambda: unpacked(reply), default_threads())
+    if emit is not None:
+        for event in events:
+            emit(with_error(event, load_error))
+    return kind, answer
 
 
-def _unreadable(error: Exception) -> RemoteExecutionError:
-    """Return what to say when a payload cannot be unpickled where it is to run."""
-    if isinstance(error, ModuleNotFoundError):
-        advice = (
-            f"there is no module {error.name!r}: add it to the image, an installed package with pip_install, "
-            f"one of your own with add_local_python_source({(error.name or '').partition('.')[0]!r})"
-        )
-    else:
-        advice = f"{type(error).__name__}: {error}"
-    unreadable = RemoteExecutionError(f"the pipeline cannot be rebuilt on the other machine: {advice}")
-    unreadable.__cause__ = error
-    return unreadable
+def _replay(emit: Emit, batch: bytes) -> None:
+    for event in unpacked(batch)[1]:
+        emit(with_error(event, load_error))
 
 
-def _unsendable(answer: Any, error: Exception) -> SerializationError:
-    named = {f"output {name!r}": value for name, value in answer.items()} if isinstance(answer, dict) else {}
-    found = next((found for name, part in named.items() if (found := find_unpicklable(part, name))), None)
-    where, culprit, reason = found or ("the answer", answer, error)
-    return SerializationError(
-        f"{where} is a {type(culprit).__name__} that cannot be sent back from the other machine ({reason}); "
-        f"ask for other outputs with output_name=..."
-    )
-
-
-def _sendable(event: Event) -> bool:
-    try:
-        packed("events", event)
-    except Exception:  # noqa: BLE001 - pickling runs the user's code
-        return False
-    return True
+async def _all_rows(job: Job) -> list[tuple[Any, ...]]:
+    assert job.feed is not None
+    rows = []
+    while (row := await job.feed.pull()) is not END:
+        rows.append(row)
+    return rows
 
 
 def _functions(plan: ExecutionPlan) -> dict[str, Any]:
@@ -401,6 +305,6 @@ def _functions(plan: ExecutionPlan) -> dict[str, Any]:
     return named
 
 
-def _tokens(bound: Any) -> int:
+def tokens_of(bound: Any) -> int:
     """Return how many may hold a bound at once."""
     return int(bound.total_tokens if isinstance(bound, anyio.CapacityLimiter) else bound.max_value)

@@ -1,0 +1,129 @@
+"""Messages to other machines as bytes: a plain header, and a pickle that can be used on a machine without a GPU.
+
+The header is checked before anything is unpickled, since a pickle of one Python's functions may crash another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from typing import Any
+
+import cloudpickle
+
+from hypernodes._plan import INHERIT, Inherit
+from hypernodes._version import __version__
+from hypernodes.backend._base import Backend
+from hypernodes.backend._wire import Parts, loads
+from hypernodes.cache._disk import KEY_VARIABLE, DiskCache
+from hypernodes.errors import CacheError, RemoteExecutionError, SerializationError
+
+MAGIC = b"hypernodes"
+FORMAT = 2
+_COUNT = struct.Struct("<I")
+_LENGTH = struct.Struct("<Q")
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+    """Pickles what a GPU holds such that a machine without one can use it, and caches without their keys.
+
+    Both wherever they hide. ``place`` is the backend that the message goes to: pipelines inside that ask for it are
+    there already.
+    """
+
+    def __init__(self, file: BytesIO, buffers: list[pickle.PickleBuffer], place: Backend | None) -> None:
+        super().__init__(file, protocol=5, buffer_callback=buffers.append)
+        self._place = place
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Return how to rebuild an object; tensors come to the CPU, and the keys of caches stay here."""
+        if isinstance(obj, Backend) and obj.remote:
+            if obj is self._place:
+                return _there_already, ()
+            raise SerializationError(
+                f"a pipeline inside of one that runs on {self._place!r} asks for {obj!r}: a container does not start "
+                f"others; let the pipeline around them run locally"
+            )
+        if isinstance(obj, DiskCache):
+            restore, (kind, path, key, *rest) = obj.__reduce__()
+            return _cache_there, (restore, kind, path, key is not None, *rest)
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(obj, torch.Tensor) and obj.device.type not in ("cpu", "meta"):
+            return obj.cpu().__reduce_ex__(5)
+        return super().reducer_override(obj)
+
+
+def _there_already() -> Inherit:
+    return INHERIT
+
+
+def _cache_there(
+    restore: Callable[..., DiskCache], kind: type[DiskCache], path: str, signed: bool, *rest: Any
+) -> DiskCache:
+    """Open a cache on this machine, with the key that this machine has been given."""
+    key = os.environb.get(KEY_VARIABLE.encode()) or None
+    if signed and key is None:
+        raise CacheError(
+            f"the results in the cache at {path!r} are signed, and the other machine has no key: keys are not sent "
+            f"along. Give it the key as the environment variable {KEY_VARIABLE}: "
+            f'ModalBackend(secrets=[modal.Secret.from_dict({{"{KEY_VARIABLE}": ...}})]), or modal.Secret.from_name(...)'
+        )
+    return restore(kind, path, key if signed else None, *rest)
+
+
+def packed(kind: str, *message: Any, place: Backend | None = None) -> bytes:
+    """Return a message as bytes: a plain header, then its pickle with large arrays beside it."""
+    buffers: list[pickle.PickleBuffer] = []
+    file = BytesIO()
+    _Pickler(file, buffers, place).dump((kind, *message))
+    parts: list[Any] = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
+    header = json.dumps({"format": FORMAT, "python": PYTHON, "hypernodes": __version__}).encode()
+    lengths = b"".join(_LENGTH.pack(part.nbytes) for part in parts)
+    return b"".join([MAGIC, _COUNT.pack(len(header)), header, _COUNT.pack(len(parts)), lengths, *parts])
+
+
+def unpacked(data: bytes) -> Any:
+    """Return a message from its bytes.
+
+    Raises:
+        RemoteExecutionError: it was written by another Python or version, or by something else.
+        Exception: whatever unpickling runs into.
+    """
+    view = memoryview(data)
+    if bytes(view[: len(MAGIC)]) != MAGIC:
+        raise RemoteExecutionError("what came from the other machine is not a message of hypernodes")
+    position = len(MAGIC)
+    (length,) = _COUNT.unpack_from(view, position)
+    position += _COUNT.size
+    _check(json.loads(bytes(view[position : position + length])))
+    position += length
+    (count,) = _COUNT.unpack_from(view, position)
+    position += _COUNT.size
+    lengths = [_LENGTH.unpack_from(view, position + index * _LENGTH.size)[0] for index in range(count)]
+    position += count * _LENGTH.size
+    parts: Parts = []
+    for length in lengths:
+        # Arrays write into their buffers, as they could where they were made.
+        parts.append(view[position : position + length] if not parts else bytearray(view[position : position + length]))
+        position += length
+    return loads(parts)
+
+
+def _check(header: Mapping[str, Any]) -> None:
+    """Raise an error that says what to do, if the two ends do not fit."""
+    if header.get("python") != PYTHON:
+        raise RemoteExecutionError(
+            f"one end runs Python {header.get('python')} and the other Python {PYTHON}: functions can be sent between "
+            f"equal versions only; choose the image's Python, as in debian_slim(python_version=...)"
+        )
+    if header.get("format") != FORMAT:
+        raise RemoteExecutionError(
+            f"one end has hypernodes {header.get('hypernodes')} and the other {__version__}, which do not fit: "
+            f"install the same version in both"
+        )
