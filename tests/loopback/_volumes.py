@@ -133,6 +133,15 @@ class Volumes:
         volume = found("Volume", name, volume)
         return api_pb2.VolumeGetOrCreateResponse(volume_id=volume.id, metadata=api_pb2.VolumeMetadata(name=name))
 
+    async def VolumeDelete(self, request: api_pb2.VolumeDeleteRequest, caller: Caller) -> Empty:
+        """It is gone at once, also for containers that have it mounted: nobody knows what Modal does to those."""
+        volume = found("Volume", request.volume_id, self.volumes.pop(request.volume_id, None))
+        for copy in volume.copies.values():
+            copy.link.unlink(missing_ok=True)
+            shutil.rmtree(copy.path, ignore_errors=True)
+        shutil.rmtree(volume.path)
+        return Empty()
+
     async def VolumeHeartbeat(self, request: api_pb2.VolumeHeartbeatRequest, caller: Caller) -> Empty:
         return Empty()
 
