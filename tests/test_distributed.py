@@ -1,0 +1,621 @@
+"""Maps in chunks over several machines, on the seam itself: the other machines are tasks of this process.
+
+What a container adds to it is tested in test_modal_distributed.py.
+"""
+
+import asyncio
+import threading
+from collections import Counter
+
+import anyio
+import pytest
+
+from hypernodes import (
+    DefinitionError,
+    DiskCache,
+    Pipeline,
+    PipelineCallback,
+    RemoteExecutionError,
+    RemoteTimeoutError,
+    SerializationError,
+    TooManyFailuresError,
+    WorkerCrashedError,
+    node,
+)
+from hypernodes.backend import RemoteBackend
+from hypernodes.backend._entry import Shared, run_payload
+from hypernodes.backend._message import unpacked
+from hypernodes.backend._remote import Line
+
+pytestmark = pytest.mark.anyio
+
+
+@node("doubled")
+def double(x):
+    return 2 * x
+
+
+class Place(RemoteBackend):
+    """As many machines as it is told, and a hook that may let one die."""
+
+    def __init__(self, width=4, hook=None, posting=False, mode="distributed", **options):
+        super().__init__(mode=mode, **options)
+        self.width = width
+        self.hook = hook
+        self.posting = posting
+        self.chunks = []
+        self.active = self.most_active = self.fetched = self.left = 0
+
+    async def connected(self, label, receive, work):
+        try:
+            return await work(PlaceLine(self, receive))
+        finally:
+            self.left += 1
+
+
+class PlaceLine(Line):
+    target_s = 0.05
+
+    def __init__(self, place, receive):
+        self.width = place.width
+        self._place = place
+        self._receive = receive
+
+    async def call(self, payload, shared=None):
+        place = self._place
+        rows = unpacked(payload)[1]["rows"]
+        place.chunks.append([row[0] for row in rows])
+        place.active += 1
+        place.most_active = max(place.most_active, place.active)
+        try:
+            await anyio.sleep(0)
+            if place.hook is not None:
+                await place.hook([row[0] for row in rows])
+            post = None
+            if place.posting and self._receive is not None:
+
+                async def post(batch):
+                    self._receive(batch)
+
+            return await run_payload(payload, post, shared)
+        finally:
+            place.active -= 1
+
+    async def share(self, data):
+        async def fetch():
+            self._place.fetched += 1
+            return data
+
+        return Shared(Shared.name(data), fetch)
+
+
+def deadly(*guilty, kind=WorkerCrashedError):
+    """A hook under which a chunk with one of these items never comes back."""
+
+    async def hook(items):
+        if set(guilty) & set(items):
+            raise kind("died")
+
+    return hook
+
+
+async def test_results_are_in_order(anyio_backend):
+    """Chunks finish in any order; the lists are in input order."""
+
+    async def hook(items):
+        await anyio.sleep(0.01 if items[0] % 2 else 0)
+
+    place = Place(hook=hook, chunk_size=3)
+    result = await Pipeline([double], backend=place).amap({"x": range(100)}, "x")
+    assert result == {"doubled": [2 * x for x in range(100)]}
+    assert [len(chunk) for chunk in place.chunks] == [3] * 33 + [1]
+    assert 1 < place.most_active <= 4
+    assert place.left == 1
+
+
+async def test_an_empty_map_calls_nobody(anyio_backend):
+    """No items, no connection."""
+    place = Place()
+    assert await Pipeline([double], backend=place).amap({"x": []}, "x") == {"doubled": []}
+    assert place.left == 0
+
+
+async def test_a_run_is_one_call(anyio_backend):
+    """Distributed or not, a single run goes to one machine."""
+
+    class Once(Place):
+        async def connected(self, label, receive, work):
+            return await work(OnceLine())
+
+    class OnceLine(Line):
+        async def call(self, payload, shared=None):
+            assert shared is None
+            return await run_payload(payload)
+
+        async def share(self, data):
+            raise AssertionError("there is nothing to share")
+
+    assert await Pipeline([double], backend=Once()).arun(x=2) == {"doubled": 4}
+
+
+async def test_chunks_grow_to_the_time_they_should_take(anyio_backend):
+    """Quick items go out by many; what they share is unpickled once."""
+    place = Place(width=2)
+    pipeline = Pipeline([node("y")(lambda x, big: x + len(big))], backend=place)
+    big = bytes(1000) + str(id(place)).encode()
+    result = await pipeline.amap({"x": range(20_000), "big": big}, "x")
+    assert result["y"] == [x + len(big) for x in range(20_000)]
+    assert len(place.chunks) < 200
+    assert max(map(len, place.chunks)) > 200
+    assert place.fetched <= 2
+
+
+async def test_slow_items_go_out_one_by_one(anyio_backend):
+    """An item that takes as long as a chunk should is a chunk."""
+
+    @node("slept")
+    async def sleep(x):
+        await anyio.sleep(0.06)
+        return x
+
+    place = Place(width=4)
+    await Pipeline([sleep], backend=place).amap({"x": range(12)}, "x")
+    assert [len(chunk) for chunk in place.chunks] == [1] * 12
+
+
+async def test_large_results_make_chunks_small(anyio_backend, monkeypatch):
+    """A chunk's reply is bounded, whatever little time it takes."""
+    from hypernodes.backend import _distributed
+
+    monkeypatch.setattr(_distributed, "TARGET_BYTES", 100_000)
+    place = Place(width=1)
+    await Pipeline([node("y")(lambda x: bytes(10_000))], backend=place).amap({"x": range(200)}, "x")
+    assert max(map(len, place.chunks)) <= 10
+
+
+async def test_a_dead_chunk_is_tried_again(anyio_backend):
+    """One container's death costs nothing but time."""
+    died = []
+
+    async def hook(items):
+        if 5 in items and not died:
+            died.append(items)
+            raise WorkerCrashedError("preempted")
+
+    place = Place(hook=hook, chunk_size=4)
+    assert (await Pipeline([double], backend=place).amap({"x": range(20)}, "x"))["doubled"] == [
+        2 * x for x in range(20)
+    ]
+    assert place.chunks.count([4, 5, 6, 7]) == 2
+
+
+async def test_a_poisoned_item_fails_alone(anyio_backend):
+    """Of a chunk that dies again and again, the item that does it is found; the others succeed."""
+    place = Place(hook=deadly(13), chunk_size=8)
+    pipeline = Pipeline([double], name="p", backend=place)
+    result = await pipeline.amap({"x": range(32)}, "x", on_error="collect")
+    assert result["doubled"] == [None if x == 13 else 2 * x for x in range(32)]
+    (failure,) = result.failures
+    assert (failure.index, failure.path, failure.inputs) == (13, ("p", 13), {"x": 13})
+    assert isinstance(failure.error, WorkerCrashedError)
+    assert "item 13 (p[13])" in str(failure.error)
+    assert isinstance(failure.error.__cause__, WorkerCrashedError)
+    with pytest.raises(WorkerCrashedError, match=r"item 13"):
+        await pipeline.amap({"x": range(32)}, "x")
+
+
+async def test_every_item_poisoned(anyio_backend):
+    """Where nothing ever succeeds the map ends soon, and says how many died."""
+    place = Place(width=2, hook=deadly(*range(1_000)))
+    pipeline = Pipeline([double], backend=place)
+    with pytest.raises(WorkerCrashedError, match=r"16 containers .* died before one had finished"):
+        await pipeline.amap({"x": range(1_000)}, "x", on_error="collect")
+    assert len(place.chunks) <= 18
+
+
+async def test_the_first_items_poisoned(anyio_backend):
+    """Dead chunks wait until another has succeeded, so that a bad beginning is not the end."""
+    place = Place(width=2, hook=deadly(*range(12)), chunk_size=1)
+    result = await Pipeline([double], backend=place).amap({"x": range(40)}, "x", on_error="collect")
+    assert [failure.index for failure in result.failures] == list(range(12))
+    assert result["doubled"][12:] == [2 * x for x in range(12, 40)]
+
+
+async def test_one_item_that_kills_its_machine(anyio_backend):
+    """A map of a single item that dies ends with that item's failure."""
+    result = await Pipeline([double], backend=Place(hook=deadly(0))).amap({"x": [0]}, "x", on_error="collect")
+    assert [failure.index for failure in result.failures] == [0]
+
+
+async def test_an_item_that_takes_too_long_fails_alone(anyio_backend):
+    """A chunk past the place's timeout is halved until the item that hangs is alone."""
+    place = Place(hook=deadly(3, kind=RemoteTimeoutError), chunk_size=8)
+    result = await Pipeline([double], name="p", backend=place).amap({"x": range(8)}, "x", on_error="collect")
+    (failure,) = result.failures
+    assert failure.index == 3
+    assert isinstance(failure.error, RemoteTimeoutError)
+    assert "item 3 (p[3])" in str(failure.error)
+    assert result["doubled"] == [None if x == 3 else 2 * x for x in range(8)]
+
+
+async def test_a_row_that_cannot_be_sent_fails_alone(anyio_backend):
+    """An input that cannot be pickled is that item's failure, with its path."""
+    rows = [1, 2, threading.Lock(), 4, 5]
+    pipeline = Pipeline([node("y")(lambda x: 1)], name="p", backend=Place(chunk_size=5))
+    result = await pipeline.amap({"x": rows}, "x", on_error="collect")
+    assert result["y"] == [1, 1, None, 1, 1]
+    (failure,) = result.failures
+    assert isinstance(failure.error, SerializationError)
+    assert "inputs['x'][2] is a lock" in str(failure.error)
+
+
+class Unwelcome:
+    def __reduce__(self):
+        return _refuse, ()
+
+
+def _refuse():
+    raise ImportError("not on this machine")
+
+
+class Picky(Place):
+    """Its test's hook cannot look at rows that cannot be unpickled."""
+
+    async def connected(self, label, receive, work):
+        class PickyLine(PlaceLine):
+            async def call(self, payload, shared=None):
+                return await run_payload(payload, None, shared)
+
+        return await work(PickyLine(self, receive))
+
+
+async def test_a_row_that_cannot_be_rebuilt_there_fails_alone(anyio_backend):
+    """An input that unpickles with an error there is that item's failure."""
+    pipeline = Pipeline([node("y")(lambda x: 1)], name="p", backend=Picky(chunk_size=4))
+    result = await pipeline.amap({"x": [1, Unwelcome(), 3, 4]}, "x", on_error="collect")
+    assert result["y"] == [1, None, 1, 1]
+    (failure,) = result.failures
+    assert isinstance(failure.error, RemoteExecutionError)
+    assert "not on this machine" in str(failure.error)
+
+
+@pytest.mark.parametrize("mode", ["single", "distributed"])
+async def test_an_output_that_cannot_be_sent_back_fails_alone(anyio_backend, mode):
+    """The other items of its chunk, or of the whole map, are there."""
+    pipeline = Pipeline([node("y")(lambda x: threading.Lock() if x == 2 else x)], name="p", backend=Picky(mode=mode))
+    result = await pipeline.amap({"x": range(8)}, "x", on_error="collect")
+    assert result["y"] == [0, 1, None, *range(3, 8)]
+    (failure,) = result.failures
+    assert isinstance(failure.error, SerializationError)
+    assert "output 'y' of item 2 is a lock" in str(failure.error)
+    with pytest.raises(SerializationError, match="output 'y' of item 2"):
+        await pipeline.amap({"x": range(8)}, "x")
+
+
+class TestErrors:
+    async def test_a_users_error_keeps_its_type_and_place(self, anyio_backend):
+        """The first failure is raised as itself, with the item in its note; the others are cancelled."""
+
+        @node("y")
+        def fail(x):
+            if x == 7:
+                raise LookupError("no seven")
+            return x
+
+        place = Place(chunk_size=5)
+        with pytest.raises(LookupError, match="no seven") as caught:
+            await Pipeline([fail], name="p", backend=place).amap({"x": range(1_000)}, "x")
+        assert caught.value.__notes__ == ["in node 'fail' at p[7] / fail"]
+        assert len(place.chunks) < 100
+        assert place.active == 0
+
+    async def test_failures_are_collected_with_their_place(self, anyio_backend):
+        """Index, path, error and inputs are those of the whole map."""
+
+        @node("y")
+        def fail(x, shared):
+            if x % 10 == 3:
+                raise LookupError(x)
+            return x + shared
+
+        pipeline = Pipeline([fail], name="p", backend=Place(chunk_size=4))
+        result = await pipeline.amap({"x": range(40), "shared": 1}, "x", on_error="collect")
+        assert [(each.index, each.path, each.inputs) for each in result.failures] == [
+            (x, ("p", x, "fail"), {"x": x}) for x in (3, 13, 23, 33)
+        ]
+        assert [type(each.error) for each in result.failures] == [LookupError] * 4
+
+    async def test_max_failures_counts_over_all_chunks(self, anyio_backend):
+        """A map that goes wrong as a whole is stopped, however its items are spread."""
+
+        @node("y")
+        def fail(x):
+            raise LookupError(x)
+
+        with pytest.raises(TooManyFailuresError, match="failed item number 5"):
+            await Pipeline([fail], backend=Place(chunk_size=2)).amap(
+                {"x": range(100)}, "x", on_error="collect", max_failures=5
+            )
+
+    async def test_a_job_that_cannot_be_rebuilt_fails_the_map(self, anyio_backend):
+        """What all items share and no machine can rebuild is no item's fault."""
+        pipeline = Pipeline([node("y")(lambda x, shared: 1)], name="p", backend=Place())
+        with pytest.raises(RemoteExecutionError, match="not on this machine"):
+            await pipeline.amap({"x": range(10), "shared": Unwelcome()}, "x", on_error="collect")
+
+    async def test_options_are_checked(self):
+        """A wrong mode or size is refused at once."""
+        with pytest.raises(DefinitionError, match="'single' or 'distributed'"):
+            RemoteBackend.__init__(Place(), mode="both")
+        with pytest.raises(DefinitionError, match="chunk_size"):
+            Place(chunk_size=0)
+        with pytest.raises(DefinitionError, match="for mode='distributed'"):
+            RemoteBackend.__init__(Place(), mode="single", chunk_size=3)
+
+
+@node("one", limit="few")
+async def limited(x):
+    await count("one")
+
+
+@node("two", max_concurrency=6)
+async def bounded(x):
+    await count("two")
+
+
+ACTIVE, MOST = Counter(), Counter()
+
+
+async def count(name):
+    ACTIVE[name] += 1
+    MOST[name] = max(MOST[name], ACTIVE[name])
+    await anyio.sleep(0.001)
+    ACTIVE[name] -= 1
+
+
+class TestLimits:
+    """This module's functions travel by name, so that all machines count together."""
+
+    async def test_a_limit_holds_over_all_machines(self, anyio_backend):
+        """Each call gets its share of a limit, and there are no more calls than its tokens."""
+        MOST.clear()
+        place = Place(width=8, chunk_size=10)
+        await Pipeline([limited, bounded], limits={"few": 3}, backend=place).amap({"x": range(120)}, "x")
+        assert place.most_active == 3
+        assert MOST == {"one": 3, "two": 6}
+
+    async def test_a_limit_from_further_out_holds_too(self, anyio_backend):
+        """A nested pipeline on other machines shares the limit that the pipeline around it sets."""
+        MOST.clear()
+        place = Place(width=8, chunk_size=10)
+        inner = Pipeline([limited], name="inner", backend=place).as_node(map_over="x")
+        await Pipeline([inner], limits={"few": 2}).arun(x=list(range(60)))
+        assert place.most_active == 2
+        assert MOST == {"one": 2}
+
+    async def test_items_at_once_hold_over_all_machines(self, anyio_backend):
+        """max_concurrency of a call is shared out too."""
+        MOST.clear()
+        place = Place(width=8, chunk_size=10)
+        await Pipeline([node("y")(free)], backend=place).amap({"x": range(100)}, "x", max_concurrency=5)
+        assert MOST == {"free": 5}
+        assert place.most_active == 5
+
+
+async def free(x):
+    await count("free")
+
+
+class Watching(PipelineCallback):
+    """What was told, in order."""
+
+    def __init__(self):
+        self.told = []
+
+    def on_map_start(self, total_items, ctx):
+        self.told.append(("start", total_items))
+
+    def on_map_item_end(self, item_index, duration, ctx):
+        self.told.append(("item", item_index))
+
+    def on_node_end(self, node_id, outputs, duration, ctx):
+        self.told.append((node_id, ctx.hierarchy_path))
+
+    def on_map_end(self, total_duration, ctx):
+        self.told.append(("end", None))
+
+
+@pytest.mark.parametrize("posting", [False, True])
+async def test_a_map_is_told_as_one(anyio_backend, posting):
+    """It begins and ends once; each item is told once, under its own index; as chunks go on, where that can be sent."""
+    watching = Watching()
+    place = Place(chunk_size=7, posting=posting)
+    await Pipeline([double], name="p", backend=place, callbacks=[watching]).amap({"x": range(50)}, "x")
+    assert watching.told[0] == ("start", 50)
+    assert watching.told[-1] == ("end", None)
+    assert [kind for kind, _ in watching.told].count("start") == 1
+    assert sorted(index for kind, index in watching.told if kind == "item") == list(range(50))
+    assert len([1 for kind, _ in watching.told if kind == "double"]) == 50
+
+
+async def test_events_come_while_a_chunk_runs(anyio_backend, monkeypatch):
+    """Where the place can send them, progress does not wait for a chunk to end."""
+    from hypernodes.backend import _entry
+
+    monkeypatch.setattr(_entry, "POST_S", 0.001)
+    seen = anyio.Event()
+    GATE["open"] = anyio.Event()
+
+    class Seeing(PipelineCallback):
+        def on_map_item_end(self, item_index, duration, ctx):
+            if item_index == 0:
+                seen.set()
+
+    pipeline = Pipeline([node("y")(wait_behind_gate)], backend=Place(width=1, chunk_size=2, posting=True))
+    async with anyio.create_task_group() as group:
+        group.start_soon(pipeline.with_callbacks([Seeing()]).amap, {"x": [0, 1]}, "x")
+        with anyio.fail_after(10):
+            await seen.wait()
+        GATE["open"].set()
+
+
+GATE = {}
+
+
+async def wait_behind_gate(x):
+    if x:
+        await GATE["open"].wait()
+    return x
+
+
+class TestNested:
+    async def test_a_part_of_a_pipeline(self, anyio_backend):
+        """A mapped nested pipeline goes out in chunks while the pipeline around it stays."""
+        place = Place(chunk_size=5)
+        inner = Pipeline([double], name="inner", backend=place).as_node(map_over="x")
+        outer = Pipeline([inner, node("total")(lambda doubled: sum(doubled))], name="outer")
+        assert (await outer.arun(x=list(range(20))))["total"] == 380
+        assert len(place.chunks) == 4
+
+    async def test_its_failures_name_the_whole_path(self, anyio_backend):
+        """The note says where in the outer pipeline it was."""
+
+        @node("y")
+        def fail(x):
+            raise LookupError(x)
+
+        inner = Pipeline([fail], name="inner", backend=Place(chunk_size=5)).as_node(map_over="x")
+        with pytest.raises(LookupError) as caught:
+            await Pipeline([inner], name="outer").arun(x=[0])
+        assert caught.value.__notes__ == ["in node 'fail' at outer / inner[0] / fail"]
+
+    async def test_a_map_inside_an_item(self, anyio_backend):
+        """Items of a distributed map may hold maps of their own, which run where they are."""
+        inner = Pipeline([double], name="inner").as_node(map_over="x")
+        outer = Pipeline([inner], name="outer", backend=Place(chunk_size=2))
+        result = await outer.amap({"x": [[1, 2], [3], []]}, "x")
+        assert result["doubled"] == [[2, 4], [6], []]
+
+
+async def test_worker_processes_there(anyio_backend):
+    """Each machine's engine may spread its chunk over worker processes, with the indices of the whole."""
+    watching = Watching()
+    place = Place(width=1, chunk_size=6, map_execution="parallel", max_workers=2)
+    pipeline = Pipeline([double], backend=place, callbacks=[watching])
+    assert (await pipeline.amap({"x": range(12)}, "x"))["doubled"] == [2 * x for x in range(12)]
+    assert sorted(index for kind, index in watching.told if kind == "item") == list(range(12))
+
+
+async def test_a_cache_that_all_machines_share(anyio_backend, tmp_path):
+    """A second map computes nothing, whatever the chunks were; a failed one keeps its successes."""
+
+    @node("y")
+    def mark(x):
+        (tmp_path / f"{x}").touch(exist_ok=False)
+        return x
+
+    pipeline = Pipeline([mark], cache=DiskCache(tmp_path / "cache"), backend=Place(chunk_size=3))
+    for size in (20, 30):
+        assert (await pipeline.amap({"x": range(size)}, "x"))["y"] == list(range(size))
+    again = pipeline.with_backend(Place(chunk_size=7))
+    assert (await again.amap({"x": range(30)}, "x"))["y"] == list(range(30))
+
+
+class TestStream:
+    @pytest.mark.parametrize("ordered", [True, False])
+    async def test_items_come_as_chunks_finish(self, anyio_backend, ordered):
+        """In input order, or as they finish."""
+
+        async def hook(items):
+            if 0 in items:
+                await anyio.sleep(0.05)
+
+        place = Place(hook=hook, chunk_size=2)
+        pipeline = Pipeline([double], backend=place)
+        async with pipeline.astream({"x": range(20)}, "x", ordered=ordered) as items:
+            indices = [item.index async for item in items]
+        assert sorted(indices) == list(range(20))
+        assert (indices == sorted(indices)) == ordered
+
+    async def test_a_slow_consumer_slows_an_endless_source(self, anyio_backend):
+        """No more rows are taken than the window has room for."""
+        taken = 0
+
+        def endless():
+            nonlocal taken
+            while True:
+                taken += 1
+                yield taken
+
+        place = Place(width=3, chunk_size=4)
+        pipeline = Pipeline([double], backend=place)
+        async with pipeline.astream({"x": endless()}, "x", max_concurrency=12) as items:
+            for count in range(1, 30):
+                item = await anext(items)
+                assert item.outputs == {"doubled": 2 * count}
+                assert taken <= count + 12
+        assert place.active == 0
+        assert place.left == 1
+
+    async def test_one_lane_leaves_room_for_others(self, anyio_backend):
+        """A chunk takes no more than its lane's part of the window."""
+        place = Place(width=4)
+        async with Pipeline([double], backend=place).astream({"x": range(400)}, "x", max_concurrency=40) as items:
+            assert [item.index async for item in items] == list(range(400))
+        assert max(map(len, place.chunks)) <= 10
+
+    async def test_a_dead_chunk_that_the_consumer_waits_for(self, anyio_backend):
+        """It is run again at once, though the window is full."""
+        died = []
+
+        async def hook(items):
+            if 0 in items and not died:
+                died.append(items)
+                raise WorkerCrashedError("preempted")
+
+        pipeline = Pipeline([double], backend=Place(hook=hook, chunk_size=2))
+        with anyio.fail_after(10):
+            async with pipeline.astream({"x": range(40)}, "x", max_concurrency=8) as items:
+                assert [item.index async for item in items] == list(range(40))
+
+    async def test_a_poisoned_item_of_a_stream(self, anyio_backend):
+        """It comes with its error, in its place."""
+        pipeline = Pipeline([double], backend=Place(hook=deadly(5), chunk_size=4))
+        async with pipeline.astream({"x": range(12)}, "x", on_error="collect", max_concurrency=8) as items:
+            got = [item async for item in items]
+        assert [item.index for item in got] == list(range(12))
+        assert [item.index for item in got if item.error is not None] == [5]
+
+
+async def test_cancelling_leaves_nothing(anyio_backend):
+    """Every call is cancelled and the connection closed when the awaiting task is cancelled."""
+    started = anyio.Event()
+
+    async def hook(items):
+        started.set()
+        await anyio.sleep_forever()
+
+    place = Place(hook=hook, chunk_size=1)
+    async with anyio.create_task_group() as group:
+        group.start_soon(Pipeline([double], backend=place).amap, {"x": range(100)}, "x")
+        await started.wait()
+        group.cancel_scope.cancel()
+    assert place.active == 0
+    assert place.left == 1
+    assert len(place.chunks) <= 4
+
+
+async def test_an_item_costs_no_task(anyio_backend):
+    """There are as many tasks as calls, for ten items or ten thousand."""
+    if anyio_backend == "trio":
+        pytest.skip("counts the tasks of asyncio")
+    most = {}
+    for count in (40, 10_000):
+        counts = []
+
+        async def hook(items, counts=counts):
+            counts.append(len(asyncio.all_tasks()))
+
+        await Pipeline([double], backend=Place(hook=hook, chunk_size=5)).amap({"x": range(count)}, "x")
+        most[count] = max(counts)
+    assert most[10_000] <= most[40] + 1
