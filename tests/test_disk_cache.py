@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -363,6 +364,31 @@ def test_what_others_write_is_noticed(cache, path):
     other.clear()
     time.sleep(OTHERS_ARE_SEEN_AFTER_S)
     assert cache.find([key("old"), key("large"), key("huge")]) == set()
+
+
+def test_threads_that_look_first_at_one_moment_all_find(cache, path, monkeypatch):
+    """A lookup that comes while another thread reads the folder waits for it, and is no miss."""
+    from hypernodes.cache import _index
+
+    write(cache, one=1)
+    looking, go_on = threading.Event(), threading.Event()
+    load = _index.load
+
+    def slow(*arguments):
+        looking.set()
+        assert go_on.wait(30)
+        return load(*arguments)
+
+    monkeypatch.setattr(_index, "load", slow)
+    fresh = DiskCache(path)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(read, fresh, "one")
+        assert looking.wait(30)
+        second = pool.submit(read, fresh, "one")
+        done, _ = concurrent.futures.wait([second], timeout=0.2)
+        go_on.set()
+        assert first.result(30) == second.result(30) == read(cache, "one") != {}
+    assert not done
 
 
 def test_what_others_delete_is_a_miss_at_once(cache, path):

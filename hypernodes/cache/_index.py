@@ -61,7 +61,8 @@ class PackIndex:
         self._merging = threading.Lock()
         self.changed = float("-inf")
         """When another process was last found to have changed something, in monotonic seconds."""
-        self._stale = False
+        self._asked = self._answered = 0
+        """How often it was told to look again, and which of these times a look has answered."""
         self.damaged: dict[str, str] = {}
         """Packs that cannot be read, and why."""
 
@@ -69,17 +70,18 @@ class PackIndex:
 
     def look_again(self) -> None:
         """Have the next call look into the folder, however soon it comes."""
-        self._stale = True
+        self._asked += 1
         self.changed = time.monotonic()
 
     def refresh(self, *, now: bool = False) -> None:
         """Take note of packs that other processes have added or deleted, unless that was done just now."""
-        if not now and not self._stale and time.monotonic() - self.looked < LOOK_AGAIN_S:
+        if not now and self._is_fresh():
             return
         with self._lock:
-            self._stale = False
+            if not now and self._is_fresh():
+                return  # another thread has just looked
+            asked, began = self._asked, time.monotonic()
             before = set(self._numbers) if self.looked > 0 else None
-            self.looked = time.monotonic()
             names, changed = self._load_new(before)
             gone = self._numbers.keys() - names
             for name in gone:
@@ -87,6 +89,11 @@ class PackIndex:
             self.damaged = {name: reason for name, reason in self.damaged.items() if name in names}
             if changed or gone:
                 self.changed = time.monotonic()
+            # Only now: until all is loaded, other threads have to wait for it.
+            self.looked, self._answered = began, asked
+
+    def _is_fresh(self) -> bool:
+        return self._asked == self._answered and time.monotonic() - self.looked < LOOK_AGAIN_S
 
     def _load_new(self, before: set[str] | None) -> tuple[set[str], bool]:
         """Load what is not known yet; return the packs there are, and whether there were any to load.
