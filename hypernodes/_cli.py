@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hypernodes import __version__
 from hypernodes.cache import _command as cache
 from hypernodes.demo import command as demo
+from hypernodes.demo import modal_command as modal
 
 INTERRUPTED = 130  # what a shell gives for a command that SIGINT ended
 
@@ -38,5 +39,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hypernodes {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_to(commands)
+    modal.add_to(commands)
     cache.add_to(commands)
     return parser

@@ -76,6 +76,7 @@ def test_help_lists_the_commands():
     answer = hypernodes("--help")
     assert answer.returncode == 0
     assert re.search(r"^ +demo +search the Hebrew Bible", answer.stdout, re.MULTILINE)
+    assert re.search(r"^ +modal +try an account on Modal", answer.stdout, re.MULTILINE)
     assert re.search(r"^ +cache +list, check, prune or clear", answer.stdout, re.MULTILINE)
     assert answer.stderr == ""
 
@@ -118,7 +119,7 @@ def test_help_imports_no_heavy_package():
         "import sys; from hypernodes._cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({'numpy', 'scriptures', 'sentence_transformers'} & set(sys.modules)))"
+        "print(sorted({'modal', 'numpy', 'scriptures', 'sentence_transformers'} & set(sys.modules)))"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert answer.stdout.splitlines()[-1] == "[]"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import hypernodes
+from hypernodes.backend._image import NEEDED
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -60,3 +61,4 @@ def test_the_demo_is_not_among_the_dependencies(metadata: Message) -> None:
     needed = {line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
     needed = {re.split(r"[<>=;\[ ]", line)[0] for line in needed}
     assert needed == {"aiocache", "anyio", "cloudpickle", "tenacity"}
+    assert needed == set(NEEDED), "what modal_image installs"

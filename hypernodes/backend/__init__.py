@@ -9,12 +9,13 @@ from hypernodes.backend._base import Backend
 from hypernodes.backend._local import LocalBackend
 
 if TYPE_CHECKING:
+    from hypernodes.backend._image import modal_image
     from hypernodes.backend._modal import ModalBackend
     from hypernodes.backend._remote import RemoteBackend
 
-__all__ = ["Backend", "LocalBackend", "ModalBackend", "PipelineExecutionEngine", "RemoteBackend"]
+__all__ = ["Backend", "LocalBackend", "ModalBackend", "PipelineExecutionEngine", "RemoteBackend", "modal_image"]
 
-_HOMES = {"ModalBackend": "_modal", "RemoteBackend": "_remote"}
+_HOMES = {"ModalBackend": "_modal", "RemoteBackend": "_remote", "modal_image": "_image"}
 
 
 def __getattr__(name: str) -> Any:

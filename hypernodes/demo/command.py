@@ -62,8 +62,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; returns the exit code."""
-    missing = [package for module, package in _NEEDED.items() if not _installed(module)]
-    if missing:
+    if missing := missing_packages():
         return _fail(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     try:
         encoder = _encoder(arguments.model)
@@ -169,6 +168,11 @@ def _encoder(model: str | None) -> Encoder:
     encoder = SentenceTransformerEncoder(model)
     encoder.load()
     return encoder
+
+
+def missing_packages() -> list[str]:
+    """Return what the demo needs and is not installed, as pip would be told."""
+    return [package for module, package in _NEEDED.items() if not _installed(module)]
 
 
 def _installed(module: str) -> bool:
