@@ -53,10 +53,33 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
         if isinstance(obj, DiskCache):
             restore, (kind, path, key, *rest) = obj.__reduce__()
             return _cache_there, (restore, kind, path, key is not None, *rest)
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(obj, torch.Tensor) and obj.device.type not in ("cpu", "meta"):
-            return obj.cpu().__reduce_ex__(5)
+        if "torch" in sys.modules and (how := _reduced_of_torch(sys.modules["torch"], obj)) is not None:
+            return how
         return super().reducer_override(obj)
+
+
+def _reduced_of_torch(torch: Any, obj: Any) -> tuple[Any, ...] | None:
+    """Return how to rebuild a storage on the CPU, and a tensor that is a small part of its storage; None for others.
+
+    All that torch pickles has its data in storages: parameters, modules, subclasses, sparse tensors.
+    """
+    if isinstance(obj, torch.TypedStorage):
+        file = BytesIO()
+        torch.save(obj, file, _use_new_zipfile_serialization=False)  # as torch pickles it
+        return _storage_there, (pickle.PickleBuffer(file.getbuffer()),)
+    if type(obj) is not torch.Tensor or obj.layout is not torch.strided or obj.device.type == "meta" or vars(obj):
+        return None
+    if obj.untyped_storage().nbytes() <= obj.nbytes:
+        return None
+    # torch pickles a row with the matrix that it is a view of.
+    reduced: tuple[Any, ...] = obj.detach().clone().requires_grad_(obj.requires_grad).__reduce_ex__(5)
+    return reduced
+
+
+def _storage_there(saved: Any) -> Any:
+    import torch  # type: ignore[import-not-found, unused-ignore]
+
+    return torch.load(BytesIO(saved), map_location="cpu", weights_only=False)
 
 
 def _there_already() -> Inherit:
