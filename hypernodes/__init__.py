@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hypernodes._pipeline import Pipeline
     from hypernodes._plan import INHERIT
     from hypernodes._retry import RetryPolicy
+    from hypernodes.backend._handle import RunHandle
     from hypernodes.cache import DiskCache
     from hypernodes.errors import (
         AwaitedCancelledError,
@@ -71,6 +72,7 @@ __all__ = [
     "RemoteExecutionError",
     "RemoteTimeoutError",
     "RetryPolicy",
+    "RunHandle",
     "SerializationError",
     "TooManyFailuresError",
     "TypeMismatchError",
@@ -99,6 +101,7 @@ _HOMES = {
     "PipelineCallback": "_callbacks",
     "Reason": "_explanation",
     "RetryPolicy": "_retry",
+    "RunHandle": "backend._handle",
     "node": "_node",
 }
 

@@ -26,6 +26,7 @@ from hypernodes.errors import DependencyError, PipelineRecursionError, quoted
 
 if TYPE_CHECKING:
     from hypernodes._explanation import Explanation
+    from hypernodes.backend._handle import RunHandle
 
 _DEFAULT_BACKEND = LocalBackend()
 _MOST_RECURSION = 50
@@ -349,6 +350,79 @@ class Pipeline(PipelineDefinition):
             spec = self._map_spec(given, map_over, map_mode, None, "raise", None, output_name)
             rows = listed_rows(spec, given, self._plan.label)
             return await explain(self._job(given, output_name, refresh, spec, ListFeed(rows), rows.count))
+
+    async def asubmit(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        map_over: str | Sequence[str] | None = None,
+        *,
+        map_mode: MapMode = "zip",
+        max_concurrency: int | None = None,
+        on_error: OnError = "raise",
+        max_failures: int | None = None,
+        output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
+        **kwargs: Any,
+    ) -> RunHandle:
+        """Start a run that outlives this process, and return at once.
+
+        ``await handle`` gives the result that :meth:`arun`, or with ``map_over`` :meth:`amap`, would have given;
+        ``RunHandle.from_id(handle.id)`` finds the run again from another process. Needs a backend whose runs can
+        outlive their caller, such as :class:`~hypernodes.backend.ModalBackend`; callbacks are not told.
+
+        Args:
+            inputs: values by name, as for :meth:`arun`, or with ``map_over`` as for :meth:`amap`.
+            map_over: the inputs that take a list.
+            map_mode: how they combine.
+            max_concurrency: items at once.
+            on_error: as for :meth:`amap`.
+            max_failures: likewise.
+            output_name: make only these outputs.
+            refresh: as for :meth:`arun`.
+            **kwargs: more inputs, as keywords.
+
+        Raises:
+            RemoteExecutionError: what runs on this pipeline's backend ends with this process.
+        """
+        with user_frames:
+            given = merged_inputs(inputs, kwargs)
+            if map_over is None:
+                bare = output_name if isinstance(output_name, str) else None
+                return await self._backend().asubmit(self._job(given, output_name, refresh), bare)
+            spec = self._map_spec(given, map_over, map_mode, max_concurrency, on_error, max_failures, output_name)
+            rows = listed_rows(spec, given, self._plan.label)
+            return await self._backend().asubmit(
+                self._job(given, output_name, refresh, spec, ListFeed(rows), rows.count)
+            )
+
+    def submit(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        map_over: str | Sequence[str] | None = None,
+        *,
+        map_mode: MapMode = "zip",
+        max_concurrency: int | None = None,
+        on_error: OnError = "raise",
+        max_failures: int | None = None,
+        output_name: str | Sequence[str] | None = None,
+        refresh: bool | Sequence[str] = False,
+        **kwargs: Any,
+    ) -> RunHandle:
+        """:meth:`asubmit` from sync code."""
+        with user_frames:
+            return run_sync(
+                lambda: self.asubmit(
+                    inputs,
+                    map_over,
+                    map_mode=map_mode,
+                    max_concurrency=max_concurrency,
+                    on_error=on_error,
+                    max_failures=max_failures,
+                    output_name=output_name,
+                    refresh=refresh,
+                    **kwargs,
+                )
+            )
 
     # ---- from a call to a job
 

@@ -438,6 +438,38 @@ async def test_a_map_is_told_as_one(anyio_backend, posting):
     assert len([1 for kind, _ in watching.told if kind == "double"]) == 50
 
 
+async def test_events_that_cannot_be_sent_come_with_the_reply(anyio_backend, monkeypatch):
+    """A line for events that breaks costs nothing but their being late, in the order in which they happened."""
+    from hypernodes.backend import _entry
+
+    monkeypatch.setattr(_entry, "POST_S", 0.001)
+    seen = []
+
+    class Seeing(PipelineCallback):
+        def on_map_item_end(self, item_index, duration, ctx):
+            seen.append(item_index)
+
+    class Broken(Place):
+        async def connected(self, label, receive, work):
+            async def fail(batch):
+                raise OSError("the line is down")
+
+            class BrokenLine(PlaceLine):
+                async def call(self, payload, shared=None):
+                    return await run_payload(payload, fail, shared)
+
+            return await work(BrokenLine(self, receive))
+
+    slow = node("y")(lambda x: x)
+    pipeline = Pipeline([node("slept")(nap), slow], backend=Broken(width=1, chunk_size=5), callbacks=[Seeing()])
+    assert (await pipeline.amap({"x": range(10)}, "x", max_concurrency=1))["y"] == list(range(10))
+    assert seen == list(range(10))
+
+
+async def nap(x):
+    await anyio.sleep(0.005)
+
+
 async def test_events_come_while_a_chunk_runs(anyio_backend, monkeypatch):
     """Where the place can send them, progress does not wait for a chunk to end."""
     from hypernodes.backend import _entry

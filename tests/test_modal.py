@@ -248,6 +248,29 @@ class TestEvents:
         first, second = times
         assert second - first > 1
 
+    async def test_large_ones(self, plane, client):
+        """Outputs of many megabytes are told while the container runs, though a queue takes small items only."""
+
+        @node("array")
+        def make(x):
+            return np.full(400_000, x)
+
+        @node("slept")
+        async def sleep(array):
+            await asyncio.sleep(1)
+            return array.sum()
+
+        times = {}
+
+        class Watch(PipelineCallback):
+            def on_node_end(self, node_id, outputs, duration, ctx):
+                times[node_id] = time.monotonic()
+                if node_id == "make":
+                    assert np.array_equal(outputs["array"], np.full(400_000, 3))
+
+        await Pipeline([make, sleep], backend=ModalBackend(IMAGE), callbacks=[Watch()]).arun(x=3)
+        assert times["sleep"] - times["make"] > 0.5
+
 
 @pytest.mark.asyncio
 class TestErrors:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hypernodes._bridge import run_sync
 from hypernodes._engine import DEFAULT_ITEMS
 from hypernodes._run import Job, Sink
+from hypernodes.errors import RemoteExecutionError
 from hypernodes.events import Emit
+
+if TYPE_CHECKING:
+    from hypernodes.backend._handle import RunHandle
 
 
 class Backend(ABC):
@@ -28,6 +32,14 @@ class Backend(ABC):
     @abstractmethod
     async def amap(self, job: Job, sink: Sink, emit: Emit | None = None) -> None:
         """Run a job for each row of its feed, hand results to ``sink`` as items finish."""
+
+    async def asubmit(self, job: Job, bare: str | None = None) -> RunHandle:
+        """Start a job that outlives this process; ``bare`` names the one output that is its result.
+
+        Raises:
+            RemoteExecutionError: what runs at this place ends with this process.
+        """
+        raise RemoteExecutionError(f"what runs on {self!r} ends with this process: submit runs to a ModalBackend")
 
     def items_at_once(self) -> int:
         """Return how many items of a stream are on their way at once, where its caller does not say."""

@@ -59,6 +59,8 @@ class ItemsReply:
     """Positions of failed items within the whole map, and what they raised."""
     seconds: float
     """What running them took."""
+    inputs: Mapping[int, dict[str, Any]]
+    """The mapped inputs of failed items, where the caller may have forgotten them."""
 
 
 async def run_payload(payload: bytes, post: Post | None = None, shared: Shared | None = None) -> bytes:
@@ -175,7 +177,8 @@ async def _run(described: Mapping[str, Any], run: PartRun) -> Any:
         await saving(run, job, lambda: backend.amap(job, columns))
         seconds = time.perf_counter() - began
         failures = [(failed.index, dump_error(failed.error, failed.path)) for failed in columns.failures]
-        return ItemsReply(names, columns.lists, failures, seconds)
+        inputs = {failed.index: failed.inputs for failed in columns.failures} if described.get("detached") else {}
+        return ItemsReply(names, columns.lists, failures, seconds, inputs)
     finally:
         await run.aclose()
 
@@ -251,7 +254,11 @@ class Outbox(Emitter):
         while True:
             await anyio.sleep(POST_S)
             if events := self.take():
-                await self._post(packed("events", events))
+                try:
+                    await self._post(packed("events", events))
+                except Exception:  # noqa: BLE001 - whatever keeps them from being sent now, they come with the reply
+                    self._events[:0] = events
+                    return
 
 
 def _sendable(event: Event) -> bool:

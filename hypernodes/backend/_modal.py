@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from uuid import uuid4
 
 import anyio
 
@@ -20,6 +21,7 @@ from hypernodes._node import checked_count, checked_seconds
 from hypernodes._run import Mode
 from hypernodes._threads import current_async_library
 from hypernodes.backend._entry import Shared, run_payload
+from hypernodes.backend._handle import RemoteCall
 from hypernodes.backend._remote import Line, Placing, Receive, RemoteBackend
 from hypernodes.backend._sizes import mebibytes
 from hypernodes.errors import DefinitionError, RemoteExecutionError, RemoteTimeoutError, WorkerCrashedError, quoted
@@ -41,6 +43,8 @@ T = TypeVar("T")
 SharedRef = tuple[str, Any, int]
 """What chunks share: its digest, itself or the ``modal.Dict`` that holds it, and in how many pieces."""
 
+_POSTED_BYTES = 512 << 10
+"""Of one item of a queue, which takes a mebibyte."""
 _DRAIN_S = 5.0
 """Seconds that one request for events waits for them."""
 
@@ -157,7 +161,7 @@ class ModalBackend(RemoteBackend):
                 if kept is not None:
                     function = kept.function
                 elif self._deployed is not None:
-                    function = modal.Function.from_name(self._deployed, ENTRY, environment_name=self._environment)
+                    function = await self._found()
                 else:
                     function = await stack.enter_async_context(self._app())
                 alone = kept is None and self._deployed is None
@@ -168,6 +172,20 @@ class ModalBackend(RemoteBackend):
                     modal.Queue.ephemeral.aio(environment_name=self._environment)
                 )
                 return await _draining(line.queue, receive, lambda: work(line))
+
+    async def _found(self) -> Any:
+        """Return the function of the deployed app."""
+        modal = _modal()
+        assert self._deployed is not None
+        try:
+            function = modal.Function.from_name(self._deployed, ENTRY, environment_name=self._environment)
+            await function.hydrate.aio()
+        except modal.exception.NotFoundError as error:
+            raise RemoteExecutionError(
+                f"no app {self._deployed!r} is deployed ({error}): deploy it with "
+                f"ModalBackend(image, ...).adeploy({self._deployed!r})"
+            ) from error
+        return function
 
     @contextlib.asynccontextmanager
     async def _app(self, *, detach: bool = False) -> AsyncIterator[Any]:
@@ -226,12 +244,10 @@ class ModalBackend(RemoteBackend):
     async def detached(self, payload: bytes, label: str) -> str:
         """Start a call that outlives this process; return the id that it is found by."""
         _need_asyncio()
-        modal = _modal()
         volumes = list(self._volumes.values())
         with _translated(label):
             if self._deployed is not None:
-                function = modal.Function.from_name(self._deployed, ENTRY, environment_name=self._environment)
-                call = await function.spawn.aio(payload, volumes)
+                call = await (await self._found()).spawn.aio(payload, volumes)
             else:
                 async with self._app(detach=True) as function:
                     call = await function.spawn.aio(payload, volumes)
@@ -311,11 +327,12 @@ async def _spawned(function: Any, arguments: tuple[Any, ...]) -> bytes:
 async def _draining(queue: Any, receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
     """Do some work, and hand over meanwhile what comes through a queue."""
     made: list[T] = []
+    joined = _Joined(receive)
 
     async def drain(crew: Crew) -> None:
         while True:
-            for batch in await queue.get_many.aio(100, timeout=_DRAIN_S):
-                receive(batch)
+            for piece in await queue.get_many.aio(100, timeout=_DRAIN_S):
+                joined.take(*piece)
 
     async def both(crew: Crew) -> None:
         crew.start(drain)
@@ -324,9 +341,32 @@ async def _draining(queue: Any, receive: Receive, work: Callable[[], Awaitable[T
 
     await Crew.run(both)
     # What was sent last may have come in after the reply.
-    for batch in await queue.get_many.aio(1_000, block=False):
-        receive(batch)
+    while pieces := await queue.get_many.aio(1_000, block=False):
+        for piece in pieces:
+            joined.take(*piece)
     return made[0]
+
+
+async def _post(queue: Any, batch: bytes) -> None:
+    """Send a batch of events, in pieces that a queue takes."""
+    name, pieces = uuid4().hex, range(0, len(batch), _POSTED_BYTES)
+    for number, start in enumerate(pieces):
+        await queue.put.aio((name, number, len(pieces), batch[start : start + _POSTED_BYTES]))
+
+
+class _Joined:
+    """Joins the pieces of batches, which come from several containers at once."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._parts: dict[str, list[bytes]] = {}
+
+    def take(self, name: str, number: int, count: int, piece: bytes) -> None:
+        """Take a piece; hand a batch over that is whole."""
+        parts = self._parts.setdefault(name, [])
+        parts.append(piece)
+        if number + 1 == count:
+            self._receive(b"".join(self._parts.pop(name)))
 
 
 async def run_job(
@@ -355,10 +395,6 @@ async def _fetched(shared: SharedRef) -> bytes:
     return b"".join([await data.get.aio(number) for number in range(pieces)])
 
 
-async def _post(queue: Any, batch: bytes) -> None:
-    await queue.put.aio(batch)
-
-
 @contextlib.asynccontextmanager
 async def _fresh(volumes: Collection[modal.Volume]) -> AsyncIterator[None]:
     """See what others have written to volumes, and let them see what is written here."""
@@ -370,6 +406,30 @@ async def _fresh(volumes: Collection[modal.Volume]) -> AsyncIterator[None]:
         with anyio.CancelScope(shield=True):
             for volume in volumes:
                 await volume.commit.aio()  # type: ignore[no-untyped-call]
+
+
+class ModalCall(RemoteCall):
+    """A spawned call, by the id that Modal knows it by."""
+
+    def __init__(self, id: str) -> None:
+        self._call = _modal().FunctionCall.from_id(id)
+
+    async def reply(self, seconds: float | None) -> bytes:
+        """Wait for the reply, at most so long."""
+        _need_asyncio()
+        with _translated("the run"):
+            return await self._call.get.aio(timeout=seconds)  # type: ignore[no-any-return]
+
+    async def cancel(self) -> None:
+        """End the call and its container."""
+        _need_asyncio()
+        with _translated("the run"):
+            await self._call.cancel.aio(terminate_containers=True)
+
+
+def attached(id: str) -> RemoteCall:
+    """Return a call by its id."""
+    return ModalCall(id)
 
 
 @dataclass(slots=True)

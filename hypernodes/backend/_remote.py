@@ -21,9 +21,10 @@ from hypernodes._run import Job, Mode, Run, Sink
 from hypernodes._threads import default_threads, in_thread
 from hypernodes.backend._base import Backend
 from hypernodes.backend._entry import ItemsReply
+from hypernodes.backend._handle import RunHandle
 from hypernodes.backend._message import packed, unpacked
 from hypernodes.backend._wire import find_unpicklable, load_error, with_error
-from hypernodes.errors import DefinitionError, SerializationError
+from hypernodes.errors import DefinitionError, RemoteExecutionError, SerializationError
 from hypernodes.events import Emit
 
 Receive = Callable[[bytes], None]
@@ -125,6 +126,16 @@ class RemoteBackend(Backend):
     def items_at_once(self) -> int:
         """Return how many items of a stream are on their way at once, where its caller does not say."""
         return self.engine.max_concurrency or DEFAULT_ITEMS
+
+    async def asubmit(self, job: Job, bare: str | None = None) -> RunHandle:
+        """Start a job that outlives this process, as one call; ``bare`` names the one output that is its result."""
+        rows = None if job.map is None else await _all_rows(job)
+        payload = await packed_job(job, self, frozenset(), rows, bare=bare, detached=True)
+        return RunHandle(await self.detached(payload, job.plan.label))
+
+    async def detached(self, payload: bytes, label: str) -> str:
+        """Start a call that outlives this process; return the id that :class:`RunHandle` finds it by."""
+        raise RemoteExecutionError(f"what runs on {self!r} ends with this process: submit {label} to a ModalBackend")
 
     async def _answer(self, job: Job, emit: Emit | None, rows: list[tuple[Any, ...]] | None = None) -> Any:
         kinds = emit.kinds if emit is not None else frozenset()

@@ -77,7 +77,7 @@ class Volumes:
             volume = self.volumes[wanted.volume_id]
             copy = volume.copies.get(wanted.mount_path) or self._new_copy(volume, Path(wanted.mount_path))
             if not copy.holders:
-                self._reload(volume, copy)
+                self._restore(volume, copy)
             copy.holders.add(task_id)
 
     def _new_copy(self, volume: Volume, link: Path) -> Copy:
@@ -107,12 +107,22 @@ class Volumes:
         bring(changed, copy.path, volume.path)
         copy.in_step = now
 
-    def _reload(self, volume: Volume, copy: Copy) -> None:
+    def _restore(self, volume: Volume, copy: Copy) -> None:
+        """Make a copy that nobody holds what was committed."""
         there, here = listing(volume.path), listing(copy.path)
-        bring(
-            {name for name in there.keys() | here.keys() if there.get(name) != here.get(name)}, volume.path, copy.path
-        )
+        changed = {name for name in there.keys() | here.keys() if there.get(name) != here.get(name)}
+        bring(changed, volume.path, copy.path)
         copy.in_step = listing(copy.path)
+
+    def _reload(self, volume: Volume, copy: Copy) -> None:
+        """Bring in what was published since; what the other holders of the copy write meanwhile stays."""
+        there, before = listing(volume.path), copy.in_step
+        bring(
+            {name for name in there.keys() | before.keys() if there.get(name) != before.get(name)},
+            volume.path,
+            copy.path,
+        )
+        copy.in_step = there
 
     def _held(self, volume_id: str, caller: Caller) -> tuple[Volume, list[Copy]]:
         volume = found("Volume", volume_id, self.volumes.get(volume_id))
