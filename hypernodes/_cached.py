@@ -298,8 +298,8 @@ class CachedMapRun(MapRun):
         self._active -= 1
 
     def _deliver(self, index: int, trace: Trace) -> None:
-        digests = tuple([trace.digests[slot] for slot in self._wanted])
-        self._sink.deliver(index, self._program.results(trace), digests)
+        results = self._program.results
+        self._sink.deliver(index, results(trace), results(trace.digests))
 
     async def _look_ahead(self) -> bool:
         """Take some rows, hand on those that are in the cache, and make the others ready; False at the end."""
@@ -312,16 +312,17 @@ class CachedMapRun(MapRun):
             traces = self._traces(rows)
             await look_up(traces, wanted=self._all_wanted)
             taken = [(index, trace) for (index, _), trace in zip(rows, traces, strict=True)]
-            if not self._sink.lazy:
-                await self._load_complete(traces)
-            missed = [each for each in taken if not each[1].complete]
-            for index, trace in taken:
-                if trace.complete:
-                    if self._sink.lazy:
-                        trace.recall_all()
+            complete = [each for each in taken if each[1].complete]
+            if complete and not self._sink.lazy and not await self._load_complete([trace for _, trace in complete]):
+                complete = [each for each in complete if each[1].complete]
+            for index, trace in complete:
+                if self._sink.lazy:
+                    trace.recall_all()
+                if self._scope.emit is not None:
                     self._tell_cached(index, trace)
-                    self._deliver(index, trace)
-            if missed:
+                self._deliver(index, trace)
+            if len(complete) < len(taken):
+                missed = [each for each in taken if not each[1].complete]
                 await self._load_inputs(missed)
                 self._ready.extend(missed)
             if perf_counter() > self._scope.run.yield_at:
@@ -333,6 +334,12 @@ class CachedMapRun(MapRun):
     async def _rows(self) -> list[tuple[int, tuple[Any, ...]]]:
         rows: list[tuple[int, tuple[Any, ...]]] = []
         feed, sink = self._feed, self._sink
+        if self._quick:
+            while len(rows) < BATCH and (row := feed.next()) is not END:
+                rows.append((self._taken + len(rows), row))
+            self._taken += len(rows)
+            self._exhausted = len(rows) < BATCH
+            return rows
         while len(rows) < BATCH and not self._exhausted:
             if sink.bounded and sink.full(self._taken):
                 if rows:
@@ -365,11 +372,8 @@ class CachedMapRun(MapRun):
             traces.append(trace)
         return traces
 
-    async def _load_complete(self, traces: list[Trace]) -> None:
-        """Load the outputs of all items that are in the cache; those whose entries cannot be used are run."""
-        complete = [trace for trace in traces if trace.complete]
-        if not complete:
-            return
+    async def _load_complete(self, complete: list[Trace]) -> bool:
+        """Load the outputs of items that are in the cache; say whether all of them could be."""
         wanted, session = self._wanted, self._start.recipe.tracer.session
         places = self._places
         keys: list[Any] = []
@@ -392,6 +396,7 @@ class CachedMapRun(MapRun):
                     trace[slot] = loaded.take(own[position], None)  # type: ignore[arg-type]
             else:
                 trace.put_in_place(wanted, loaded)
+        return not refused
 
     async def _load_inputs(self, missed: list[tuple[int, Trace]]) -> None:
         """Load what the items need that have to run."""
@@ -420,10 +425,8 @@ class CachedMapRun(MapRun):
                 trace[slot] = self._start[slot]
 
     def _tell_cached(self, index: int, trace: Trace) -> None:
-        scope = self._scope
-        emit = scope.emit
-        if emit is None:
-            return
+        scope, emit = self._scope, self._scope.emit
+        assert emit is not None
         place, now = scope.at(index), unix_time()
         if ev.NodeCached in emit.kinds:
             for position in range(len(trace.keys)):

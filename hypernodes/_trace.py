@@ -202,7 +202,7 @@ class Trace(list[Any]):
     As a list it holds values by slot; :class:`NotLoaded` where one is in the cache and nothing has needed it yet.
     """
 
-    __slots__ = ("children", "digests", "eager", "hits", "keys", "looking", "recipe", "root", "start")
+    __slots__ = ("_root", "children", "digests", "eager", "hits", "keys", "looking", "recipe", "start")
 
     def __init__(
         self,
@@ -216,8 +216,7 @@ class Trace(list[Any]):
         super().__init__(values)
         self.start = start
         """Of an item of a map: what all items begin with."""
-        self.root: Trace = self
-        """The trace around nested pipelines that are not mapped."""
+        self._root: Trace | None = None
         self.looking: anyio.Lock | None = None
         """Held while its keys are looked up, where steps run side by side; that of the root counts."""
         self.recipe = recipe
@@ -231,6 +230,12 @@ class Trace(list[Any]):
         """For each step whether it is in the cache (a nested pipeline: all of it); None where it is not known."""
         self.children: dict[BoundPlan, Trace] = {}
         """Of nested pipelines that are not mapped."""
+
+    @property
+    def root(self) -> Trace:
+        """The trace around nested pipelines that are not mapped."""
+        # Not kept where it is this one: a trace that refers to itself is left to the garbage collector.
+        return self if self._root is None else self._root
 
     def predict(self) -> list[str]:
         """Work out every key that follows from what is known now; return those not yet looked up. May block."""
@@ -251,15 +256,14 @@ class Trace(list[Any]):
                             break
                     pieces.append(digest)
                 else:
-                    signature = sha256(b"".join(pieces))
-                    key = keys[position] = signature.hexdigest()
+                    made = sha256(b"".join(pieces)).digest()
+                    key = keys[position] = made.hex()
                     asked.append(key)
-                    targets = step.targets
-                    if step.target >= 0:  # type: ignore[union-attr]
-                        digests[targets[0]] = signature.digest()
+                    target = step.target  # type: ignore[union-attr]
+                    if target >= 0:
+                        digests[target] = made
                     else:
-                        made = signature.digest()
-                        for count, target in enumerate(targets):
+                        for count, target in enumerate(step.targets):
                             digests[target] = part(made, count)
             elif isinstance(step, BoundPlan) and is_inside(step, recipe.tracer.session):
                 asked += self._predict_inside(step)
@@ -297,7 +301,7 @@ class Trace(list[Any]):
         if child is None:
             recipe = self.recipe.inside(step)
             child = self.children[step] = Trace(recipe, step.program.template, recipe.template.copy())
-            child.root = self.root
+            child._root = self.root
         for name, slot in step.shared:
             inner = step.program.slots[name]
             child[inner] = self[slot]

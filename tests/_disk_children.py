@@ -31,10 +31,10 @@ def entry(of, version=0, size=300, secret=None):
 
 def version_of(of, data, secret=None):
     """Which version of an entry this is; fails unless it is one, to the last byte."""
-    payload = bytes(unseal(key(of), data, secret).payload)
+    payload = bytes(unseal(key(of), data, secret)[1])
     whose, version = payload.split(b" ")[:2]
     assert whose == str(of).encode()
-    expected = unseal(key(of), entry(of, int(version), len(payload), secret), secret).payload
+    expected = unseal(key(of), entry(of, int(version), len(payload), secret), secret)[1]
     assert payload == expected
     return int(version)
 

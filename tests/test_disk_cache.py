@@ -804,7 +804,7 @@ def test_more_than_two_gigabytes(cache):
     payload = bytearray(size)
     payload[-4:] = b"last"
     cache.write({key("large"): seal(key("large"), 1, b"", [payload], None)})
-    opened = unseal(key("large"), cache.read([key("large")])[key("large")], None).payload
+    opened = unseal(key("large"), cache.read([key("large")])[key("large")], None)[1]
     assert (len(opened), bytes(opened[-4:])) == (size, b"last")
     assert opened == payload
 

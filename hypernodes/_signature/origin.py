@@ -92,7 +92,7 @@ def _named(*names: str) -> Parts:
 
 def _distributions(top: str) -> list[tuple[str, str]]:
     """Return the names and versions of the distributions that a top-level module comes from."""
-    from importlib import metadata  # it takes longer than most fingerprints, and few need it
+    from importlib import metadata
 
     try:
         # Most are named as their module is; to read what all of them provide takes a hundred times longer.
@@ -120,12 +120,12 @@ def _installed_in(folder: str) -> Mapping[str, Mapping[str, str]]:
 
     A `*.dist-info` lists its files, but for those of a project in editable mode; `*.egg-info` is made by building.
     """
-    from importlib import metadata
-
     found: dict[str, dict[str, str]] = {}
     with contextlib.suppress(OSError):
         for entry in sorted(os.listdir(folder)):
             if entry.endswith(".dist-info"):
+                from importlib import metadata  # it takes longer than most fingerprints, and few folders have any
+
                 distribution = metadata.Distribution.at(os.path.join(folder, entry))
                 listed = distribution.read_text("RECORD") or distribution.read_text("top_level.txt") or ""
                 for top in {line.partition(",")[0].partition("/")[0].partition(".")[0] for line in listed.splitlines()}:

@@ -31,14 +31,6 @@ _SIGNATURE_SIZE = 32
 _HASHED_AT_ONCE = 1 << 16
 
 
-class Sealed(NamedTuple):
-    """What an envelope held."""
-
-    codec: int
-    meta: bytes
-    payload: memoryview
-
-
 class Header(NamedTuple):
     """What the front of an envelope says, unchecked."""
 
@@ -78,24 +70,28 @@ def seal(key: str, codec: int, meta: bytes, payload: Sequence[Buffer], secret: b
     return [head, *payload, _signature(secret, name, [head, *payload])]
 
 
-def unseal(key: str, data: Buffer, secret: bytes | None) -> Sealed:
-    """Open the envelope that was found under a key; raise ``Refused`` for any that must not be opened.
+def unseal(key: str, data: Buffer, secret: bytes | None) -> tuple[int, memoryview]:
+    """Open the envelope that was found under a key: the codec and the payload.
 
     With a secret, only envelopes signed with it are opened; without one, only unsigned ones.
+
+    Raises:
+        Refused: it must not be opened.
     """
     view = memoryview(data)
+    total = view.nbytes
     try:
-        magic, checksum, version, codec, flags, meta_size, payload_size, owner = _HEADER.unpack_from(view)
+        magic, checksum, version, codec, flags, meta_size, payload_size, owner = _HEADER.unpack_from(data)
     except struct.error:
-        raise Refused(f"torn: {view.nbytes} bytes", damaged=True) from None
+        raise Refused(f"torn: {total} bytes", damaged=True) from None
     if magic != MAGIC:
         raise Refused("no envelope", damaged=True)
     if version != VERSION or flags > SIGNED:
         raise Refused(f"written by another version (format {version}, flags {flags})")
     begin = HEADER_SIZE + meta_size
     end = begin + payload_size
-    if view.nbytes != (end + _SIGNATURE_SIZE if flags else end):
-        raise Refused(f"torn: {view.nbytes} bytes", damaged=True)
+    if total != (end + _SIGNATURE_SIZE if flags else end):
+        raise Refused(f"torn: {total} bytes", damaged=True)
     name = key.encode()
     # A right signature vouches for more than the checksum does, which then need not be computed.
     if not (flags and secret is not None and _is_signature(view[end:], secret, name, view[:end])):
@@ -111,7 +107,7 @@ def unseal(key: str, data: Buffer, secret: bytes | None) -> Sealed:
             )
         if secret is not None:
             raise Refused("not signed, in a cache that has a key")
-    return Sealed(codec, bytes(view[HEADER_SIZE:begin]), view[begin:end])
+    return codec, view[begin:end]
 
 
 def read_header(data: Buffer) -> Header:

@@ -303,7 +303,7 @@ def _merged(
 def _opened(name: str, data: Any, secret: bytes | None) -> History | None:
     """Return a history of a store; None if anything is odd about it."""
     try:
-        codec, _, payload = unseal(name, data, secret)
+        codec, payload = unseal(name, data, secret)
         return History.unpacked(payload) if codec == CODEC else None
     except Exception:  # noqa: BLE001 - whoever may write the store may have written anything
         return None

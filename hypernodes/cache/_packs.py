@@ -126,7 +126,7 @@ def load(folder: str, name: str) -> Pack:
         if end > found.st_size:
             raise DamagedPackError(f"torn: {found.st_size} bytes")
         if end > len(front):
-            front += _read(file, end - len(front), len(front))
+            front += read_at(file, end - len(front), len(front))
     finally:
         os.close(file)
     if crc32(memoryview(front)[_CHECKED_FROM:end]) != checksum:
@@ -146,7 +146,7 @@ def read_keys(folder: str, pack: Pack) -> list[str]:
     size = pack.starts[0] - pack.keys_at
     file = os.open(os.path.join(folder, pack.name), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        text = _read(file, size, pack.keys_at)
+        text = read_at(file, size, pack.keys_at)
     finally:
         os.close(file)
     keys = text.decode("ascii", "replace").split("\n")
@@ -162,7 +162,7 @@ def read_range(folder: str, pack: Pack, first: int, behind: int) -> bytes:
     file = os.open(os.path.join(folder, pack.name), os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = pack.starts[behind] - pack.starts[first]
-        data = _read(file, size, pack.starts[first])
+        data = read_at(file, size, pack.starts[first])
     finally:
         os.close(file)
     if len(data) != size:
@@ -170,7 +170,7 @@ def read_range(folder: str, pack: Pack, first: int, behind: int) -> bytes:
     return data
 
 
-def _read(file: int, size: int, at: int) -> bytes:
+def read_at(file: int, size: int, at: int) -> bytes:
     """Read up to the end of the file, or this many bytes; one call reads 2 GB at most."""
     parts = []
     while size and (part := os.pread(file, size, at)):

@@ -85,28 +85,42 @@ class Code:
     """The part of its entries' meta blocks that is the same in all of them."""
 
 
-class Loaded(dict[str, Any]):
+class Loaded:
     """What entries hold, by their keys. Who takes one gets a value of its own, as if it had been computed for it."""
 
-    __slots__ = ("_payloads", "_taken")
+    __slots__ = ("_sealed", "_secret", "_taken", "_values", "refused")
 
-    def __init__(self) -> None:
-        self._payloads: dict[str, tuple[int, memoryview]] = {}
-        self._taken: set[tuple[str, int | None]] = set()
+    def __init__(self, sealed: Mapping[str, Any], secret: bytes | None) -> None:
+        """Unpickle entries; may block."""
+        self._sealed = sealed
+        self._secret = secret
+        self._values: dict[str, Any] = {}
+        """Those that nobody has taken whole."""
+        self._taken: set[tuple[str, int]] = set()
+        self.refused: dict[str, str] = {}
+        """Why entries cannot be used."""
+        for key, data in sealed.items():
+            try:
+                codec, payload = unseal(key, data, secret)
+                self._values[key] = decode(codec, payload)
+            except Refused as error:
+                self.refused[key] = str(error)
+            except Exception as error:  # noqa: BLE001 - unpickling runs the user's code
+                self.refused[key] = f"it cannot be rebuilt: {type(error).__name__}: {error}"
 
-    def add(self, key: str, codec: int, payload: memoryview) -> None:
-        """Unpickle an entry; it may raise whatever the user's code does then."""
-        self[key] = decode(codec, payload)
-        self._payloads[key] = codec, payload
+    def __contains__(self, key: str) -> bool:
+        return key in self._sealed and key not in self.refused
 
     def take(self, key: str, position: int | None) -> Any:
         """Return an entry's value, or one of several that it holds; to be called before any of them is used."""
-        whole = self[key]
-        if (key, position) in self._taken:
-            codec, payload = self._payloads[key]
+        if key not in self._values or (key, position) in self._taken:
+            codec, payload = unseal(key, self._sealed[key], self._secret)
             whole = decode(codec, memoryview(bytes(payload)))  # arrays would share the memory of the payload
+        elif position is None:
+            whole = self._values.pop(key)
         else:
             self._taken.add((key, position))
+            whole = self._values[key]
         return whole if position is None else whole[position]
 
 
@@ -216,8 +230,8 @@ class CacheSession:
         while len(held) > MOST_HELD or self._held_bytes > MOST_HELD_BYTES:
             self._let_go(next(iter(held)))
 
-    def _let_go(self, key: str) -> Any:
-        data = self._held.pop(key, None)
+    def _let_go(self, key: str, default: Any = None) -> Any:
+        data = self._held.pop(key, default)
         if data is not None:
             self._held_bytes -= bytes_in(data)
         return data
@@ -236,11 +250,11 @@ class CacheSession:
         if self._buffer:
             # What has been made anew counts, and not what was there before.
             sealed = {key: data for key in missing if (data := self._buffer.get(key)) is not None}
-        for held in (self._fetched, self._held):
-            if held:
+        for waiting, take in ((self._fetched, self._fetched.pop), (self._held, self._let_go)):
+            if waiting:
                 for key in missing:
-                    if key in held:
-                        data = self._let_go(key) if held is self._held else held.pop(key)
+                    data = take(key, None)
+                    if data is not None:
                         sealed.setdefault(key, data)
         if sealed:
             missing = [key for key in missing if key not in sealed]
@@ -249,13 +263,14 @@ class CacheSession:
         cost = self._loading
         if cost.inline and len(sealed) == 1:
             began = time.perf_counter()
-            values, refused = self._opened(sealed)
+            loaded = Loaded(sealed, self._secret)
             now = time.perf_counter()
             if now - began > CHEAP_S:
                 cost.doubted(now - began, now)
         else:
-            (values, refused), spent = await in_thread(lambda: self._opened(sealed), default_threads())
+            loaded, spent = await in_thread(partial(Loaded, sealed, self._secret), default_threads())
             cost.measured(spent.seconds / max(len(sealed), 1))
+        refused = loaded.refused
         for reason in set(refused.values()):
             self.warn(None, f"entries of the cache are not used, and made anew: {reason}")
         for key in missing:
@@ -263,7 +278,7 @@ class CacheSession:
                 refused[key] = "it is no longer there"
         self._broken.update(refused)
         self._forget(refused)
-        return values, refused
+        return loaded, refused
 
     async def check(self, keys: Iterable[str]) -> dict[str, str]:
         """Return which entries cannot be used, and why: all are read, and none is unpickled."""
@@ -286,35 +301,24 @@ class CacheSession:
                 refused[key] = str(error)
         return refused
 
-    def _opened(self, sealed: Mapping[str, Any]) -> tuple[Loaded, dict[str, str]]:
-        values = Loaded()
-        refused: dict[str, str] = {}
-        secret = self._secret
-        for key, data in sealed.items():
-            try:
-                codec, _, payload = unseal(key, data, secret)
-                values.add(key, codec, payload)
-            except Refused as error:
-                refused[key] = str(error)
-            except Exception as error:  # noqa: BLE001 - unpickling runs the user's code
-                refused[key] = f"it cannot be rebuilt: {type(error).__name__}: {error}"
-        return values, refused
-
     async def save(self, code: Code, key: str, value: Any, seconds: float, digests: Iterable[bytes]) -> int | None:
         """Store what a call made; return its size in bytes, or None when it cannot be stored."""
         # What a function has made is kept, also when the run is cancelled by now.
         cost = code.saving
         if cost.inline or _is_small(value):
-            sealed, spent = self._sealed(code, key, value, seconds)
+            began = time.perf_counter()
+            sealed = self._sealed(code, key, value, seconds)
+            now = time.perf_counter()
             if not cost.inline:
-                cost.measured(spent)
-            elif spent > CHEAP_S:
-                cost.doubted(spent, time.perf_counter())
+                cost.measured(now - began)
+            elif now - began > CHEAP_S:
+                cost.doubted(now - began, now)
         else:
             call = partial(self._sealed, code, key, value, seconds)
             with anyio.CancelScope(shield=True):
-                (sealed, spent), _ = await in_thread(call, default_threads())
-            cost.measured(spent)
+                sealed, spent = await in_thread(call, default_threads())
+            # Not the seconds of the clock: threads that wait for each other would never prove to be cheap.
+            cost.measured(spent.cpu_s)
         if sealed is None:
             return None
         size = sum(map(bytes_in, sealed))
@@ -346,12 +350,8 @@ class CacheSession:
         for key in keys:
             self._fresh.pop(key, None)
 
-    def _sealed(self, code: Code, key: str, value: Any, seconds: float) -> tuple[list[Any] | None, float]:
-        """Return the entry of a value, None if there can be none, and the seconds of this thread that it took.
-
-        Not those of the clock: threads that wait for each other would never prove to be cheap.
-        """
-        began = time.thread_time()
+    def _sealed(self, code: Code, key: str, value: Any, seconds: float) -> list[Any] | None:
+        """Return the entry of a value; None if there can be none."""
         try:
             codec, payload = encode(value)
         except Exception as error:  # noqa: BLE001 - pickling runs the user's code
@@ -360,9 +360,9 @@ class CacheSession:
                 f"what node {code.node.name!r} returns is not cached: it cannot be pickled ({error}); "
                 f"say cache=False to be quiet about it",
             )
-            return None, time.thread_time() - began
+            return None
         meta = b'%s%.3f, "seconds": %.6f}' % (code.about, time.time(), seconds)
-        return seal(key, codec, meta, payload, self._secret), time.thread_time() - began
+        return seal(key, codec, meta, payload, self._secret)
 
     @property
     def damaged(self) -> bool:
@@ -375,7 +375,7 @@ class CacheSession:
         if data is None:
             return None
         try:
-            codec, _, payload = unseal(key, data, self._secret)
+            codec, payload = unseal(key, data, self._secret)
         except Refused:
             return None
         return bytes(payload) if codec == PLAIN else None
