@@ -53,6 +53,16 @@ async def measure(cleaned):
     return len(cleaned)
 
 
+until_sending = {}
+
+
+@node("y")
+async def wait_for_sending(x):
+    # Of the module itself, and not of the copy that travels with this function.
+    await sys.modules["tests.test_modal"].until_sending["event"].wait()
+    return x
+
+
 def text_pipeline(**options):
     return Pipeline([clean, measure], name="text", backend=ModalBackend(IMAGE, **options))
 
@@ -516,6 +526,34 @@ class TestSeam:
         pipeline = Pipeline([clean], backend=Echo())
         assert await pipeline.arun(text=" a ") == {"cleaned": "a"}
         assert (await pipeline.amap({"text": [" a ", "b"]}, "text"))["cleaned"] == ["a", "b"]
+
+    async def test_no_event_is_lost_when_a_job_ends_while_they_are_sent(self, anyio_backend):
+        """A batch that is on its way then arrives, before the reply."""
+
+        class Posting(RemoteBackend):
+            async def connected(self, label, receive, work):
+                return await work(PostingLine(receive))
+
+        class PostingLine(EchoLine):
+            def __init__(self, receive):
+                self.receive = receive
+
+            async def call(self, payload, shared=None):
+                async def post(batch):
+                    sending.set()
+                    await anyio.sleep(0.1)
+                    self.receive(batch)
+
+                return await run_payload(payload, post)
+
+        class Watch(PipelineCallback):
+            def on_node_start(self, node_id, inputs, ctx):
+                seen.append(node_id)
+
+        seen = []
+        sending = until_sending["event"] = anyio.Event()
+        assert await Pipeline([wait_for_sending], backend=Posting(), callbacks=[Watch()]).arun(x=1) == {"y": 1}
+        assert seen == ["wait_for_sending"]
 
     async def test_a_caches_key_stays_where_it_is(self, anyio_backend, tmp_path, monkeypatch):
         """No payload holds the key that results are signed with; the container signs with the one it was given."""

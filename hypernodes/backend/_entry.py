@@ -255,7 +255,9 @@ class Outbox(Emitter):
             await anyio.sleep(POST_S)
             if events := self.take():
                 try:
-                    await self._post(packed("events", events))
+                    # They would be lost if the job ended meanwhile.
+                    with anyio.CancelScope(shield=True):
+                        await self._post(packed("events", events))
                 except Exception:  # noqa: BLE001 - whatever keeps them from being sent now, they come with the reply
                     self._events[:0] = events
                     return
