@@ -1,11 +1,20 @@
-"""What tests of runs with a cache share: values that tell when they are unpickled, and what a run told."""
+"""What tests of runs with a cache share: fixtures, values that tell when they are unpickled, and what a run told.
 
+```python
+from tests import _caching
+
+cache, ran = _caching.cache, _caching.ran  # pytest finds fixtures among a module's names
+```
+"""
+
+import logging
 import os
 from collections import Counter
 
 import anyio
+import pytest
 
-from hypernodes import DiskCache
+from hypernodes import DiskCache, Pipeline, node
 from hypernodes.backend import LocalBackend
 from hypernodes.events import CacheRefused, NodeCached, NodeStarted, NodeStored, NodeUncacheable, RunFinished
 
@@ -110,3 +119,84 @@ def warnings_of(caplog):
 
 
 in_order = LocalBackend(node_execution="sequential", map_execution="sequential")
+
+
+# ---- fixtures
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache in a directory of the test."""
+    return DiskCache(tmp_path / "cache")
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """Where functions note that they ran."""
+    rebuilt()
+    return Ran(str(tmp_path / "ran"))
+
+
+@pytest.fixture
+def text(ran):
+    """Three nodes in a row, each of which makes a value that tells when it is unpickled."""
+
+    @node("cleaned")
+    async def clean(raw):
+        ran.note("clean", raw)
+        return Telling(f"cleaned {raw}")
+
+    @node("words")
+    def cut(cleaned):
+        ran.note("cut", cleaned.name)
+        return Telling(f"words of {cleaned.name}")
+
+    @node("count")
+    async def count(words):
+        ran.note("count", words.name)
+        return Telling(f"count of {words.name}")
+
+    return Pipeline([clean, cut, count], name="text")
+
+
+@pytest.fixture
+def nested(text):
+    """A map of the pipeline `text`, between two other nodes."""
+
+    @node("raws")
+    async def load(corpus):
+        return corpus.split()
+
+    @node("report")
+    async def report(counts):
+        return [each.name for each in counts]
+
+    every = text.as_node({"raws": "raw"}, {"count": "counts"}, map_over="raws", name="every")
+    return Pipeline([load, every, report], name="corpus")
+
+
+@pytest.fixture
+def picky(ran, tmp_path):
+    """Fails for odd items until a file is there."""
+    mended = tmp_path / "mended"
+
+    @node("checked")
+    async def check(x):
+        ran.note("check", x)
+        return x
+
+    @node("doubled")
+    async def double(checked):
+        ran.note("double", checked)
+        if checked % 2 and not mended.exists():
+            raise ValueError(f"odd: {checked}")
+        return checked * 2
+
+    return Pipeline([check, double], name="picky"), mended
+
+
+@pytest.fixture
+def warned(caplog):
+    """What the library warns of."""
+    caplog.set_level(logging.DEBUG, "hypernodes")
+    return lambda: warnings_of(caplog)

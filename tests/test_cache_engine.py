@@ -2,49 +2,19 @@
 
 import pytest
 
-from hypernodes import DiskCache, Pipeline, node
+from hypernodes import Pipeline, node
 from hypernodes.backend import LocalBackend
 from hypernodes.events import (
     NodeChunk,
     NodeStarted,
 )
-from tests._caching import Ran, Telling, of, opened, rebuilt, watched
+from tests import _caching
+from tests._caching import Telling, of, opened, rebuilt, watched
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
-
-@pytest.fixture
-def cache(tmp_path):
-    return DiskCache(tmp_path / "cache")
-
-
-@pytest.fixture
-def ran(tmp_path):
-    """Where functions note that they ran."""
-    rebuilt()
-    return Ran(str(tmp_path / "ran"))
-
-
-@pytest.fixture
-def text(ran):
-    """Three nodes in a row, each of which makes a value that tells when it is unpickled."""
-
-    @node("cleaned")
-    async def clean(raw):
-        ran.note("clean", raw)
-        return Telling(f"cleaned {raw}")
-
-    @node("words")
-    def cut(cleaned):
-        ran.note("cut", cleaned.name)
-        return Telling(f"words of {cleaned.name}")
-
-    @node("count")
-    async def count(words):
-        ran.note("count", words.name)
-        return Telling(f"count of {words.name}")
-
-    return Pipeline([clean, cut, count], name="text")
+cache, ran = _caching.cache, _caching.ran  # pytest finds fixtures among a module's names
+text, nested = _caching.text, _caching.nested
 
 
 # ---- what is not run, and what is not loaded
@@ -154,22 +124,6 @@ async def test_changing_one_item_recomputes_one_item(text, cache, ran):
     changed = await cached.amap({"raw": ["new" if n == 7 else str(n) for n in reversed(range(20))]}, "raw")
     assert [each.name for each in changed["cleaned"]][10:14] == ["cleaned 9", "cleaned 8", "cleaned new", "cleaned 6"]
     assert ran.take() == ["clean new", "count words of cleaned new", "cut cleaned new"]
-
-
-@pytest.fixture
-def nested(text):
-    """A map of the pipeline `text`, between two other nodes."""
-
-    @node("raws")
-    async def load(corpus):
-        return corpus.split()
-
-    @node("report")
-    async def report(counts):
-        return [each.name for each in counts]
-
-    every = text.as_node({"raws": "raw"}, {"count": "counts"}, map_over="raws", name="every")
-    return Pipeline([load, every, report], name="corpus")
 
 
 async def test_a_nested_map_that_is_all_in_the_cache_loads_nothing(nested, cache, ran):

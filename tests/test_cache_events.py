@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from hypernodes import DiskCache, Pipeline, PipelineCallback, node
+from hypernodes import Pipeline, PipelineCallback, node
 from hypernodes.events import (
     ItemCached,
     ItemFinished,
@@ -13,59 +13,13 @@ from hypernodes.events import (
     NotLoaded,
     PipelineFinished,
 )
-from tests._caching import PATIENCE_S, Ran, Telling, in_order, of, rebuilt, tally, watched
+from tests import _caching
+from tests._caching import PATIENCE_S, in_order, of, rebuilt, tally, watched
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
-
-@pytest.fixture
-def cache(tmp_path):
-    return DiskCache(tmp_path / "cache")
-
-
-@pytest.fixture
-def ran(tmp_path):
-    """Where functions note that they ran."""
-    rebuilt()
-    return Ran(str(tmp_path / "ran"))
-
-
-@pytest.fixture
-def text(ran):
-    """Three nodes in a row, each of which makes a value that tells when it is unpickled."""
-
-    @node("cleaned")
-    async def clean(raw):
-        ran.note("clean", raw)
-        return Telling(f"cleaned {raw}")
-
-    @node("words")
-    def cut(cleaned):
-        ran.note("cut", cleaned.name)
-        return Telling(f"words of {cleaned.name}")
-
-    @node("count")
-    async def count(words):
-        ran.note("count", words.name)
-        return Telling(f"count of {words.name}")
-
-    return Pipeline([clean, cut, count], name="text")
-
-
-@pytest.fixture
-def nested(text):
-    """A map of the pipeline `text`, between two other nodes."""
-
-    @node("raws")
-    async def load(corpus):
-        return corpus.split()
-
-    @node("report")
-    async def report(counts):
-        return [each.name for each in counts]
-
-    every = text.as_node({"raws": "raw"}, {"count": "counts"}, map_over="raws", name="every")
-    return Pipeline([load, every, report], name="corpus")
+cache, ran = _caching.cache, _caching.ran  # pytest finds fixtures among a module's names
+text, nested = _caching.text, _caching.nested
 
 
 # ---- what a run tells

@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import logging
 import os
 import pickle
 import random
@@ -21,30 +20,14 @@ import pytest
 from hypernodes import DiskCache, Pipeline, node
 from hypernodes.cache._envelope import seal
 from hypernodes.events import CacheRefused, NodeStored
-from tests._caching import Ran, in_order, opened, rebuilt, tally, warnings_of, watched
+from tests import _caching
+from tests._caching import in_order, opened, tally, watched
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
+cache, ran, warned = _caching.cache, _caching.ran, _caching.warned  # pytest finds fixtures among a module's names
+
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return DiskCache(tmp_path / "cache")
-
-
-@pytest.fixture
-def ran(tmp_path):
-    """Where functions note that they ran."""
-    rebuilt()
-    return Ran(str(tmp_path / "ran"))
-
-
-@pytest.fixture
-def warned(caplog):
-    """What the library warns of."""
-    caplog.set_level(logging.DEBUG, "hypernodes")
-    return lambda: warnings_of(caplog)
 
 
 class Memory:

@@ -4,43 +4,12 @@ import pytest
 
 from hypernodes import DiskCache, Pipeline, node
 from hypernodes.backend import LocalBackend
-from tests._caching import Ran, Telling, rebuilt
+from tests import _caching
+from tests._caching import Telling, rebuilt
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
-
-@pytest.fixture
-def cache(tmp_path):
-    return DiskCache(tmp_path / "cache")
-
-
-@pytest.fixture
-def ran(tmp_path):
-    """Where functions note that they ran."""
-    rebuilt()
-    return Ran(str(tmp_path / "ran"))
-
-
-@pytest.fixture
-def text(ran):
-    """Three nodes in a row, each of which makes a value that tells when it is unpickled."""
-
-    @node("cleaned")
-    async def clean(raw):
-        ran.note("clean", raw)
-        return Telling(f"cleaned {raw}")
-
-    @node("words")
-    def cut(cleaned):
-        ran.note("cut", cleaned.name)
-        return Telling(f"words of {cleaned.name}")
-
-    @node("count")
-    async def count(words):
-        ran.note("count", words.name)
-        return Telling(f"count of {words.name}")
-
-    return Pipeline([clean, cut, count], name="text")
+cache, ran, text = _caching.cache, _caching.ran, _caching.text  # pytest finds fixtures among a module's names
 
 
 # ---- where caching is switched off, and where it goes elsewhere

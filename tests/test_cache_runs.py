@@ -12,49 +12,20 @@ from pathlib import Path
 import anyio
 import pytest
 
-from hypernodes import DependencyError, DiskCache, Pipeline, node
+from hypernodes import DependencyError, Pipeline, node
 from hypernodes.backend import LocalBackend
 from hypernodes.events import NodeCached, NodeStarted, NodeStored
-from tests._caching import PATIENCE_S, Ran, Telling, in_order, of, opened, rebuilt, watched
+from tests import _caching
+from tests._caching import PATIENCE_S, Telling, in_order, of, opened, watched
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+cache, ran, picky = _caching.cache, _caching.ran, _caching.picky  # pytest finds fixtures among a module's names
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return DiskCache(tmp_path / "cache")
-
-
-@pytest.fixture
-def ran(tmp_path):
-    """Where functions note that they ran."""
-    rebuilt()
-    return Ran(str(tmp_path / "ran"))
-
-
 # ---- failures
-
-
-@pytest.fixture
-def picky(ran, tmp_path):
-    """Fails for odd items until a file is there."""
-    mended = tmp_path / "mended"
-
-    @node("checked")
-    async def check(x):
-        ran.note("check", x)
-        return x
-
-    @node("doubled")
-    async def double(checked):
-        ran.note("double", checked)
-        if checked % 2 and not mended.exists():
-            raise ValueError(f"odd: {checked}")
-        return checked * 2
-
-    return Pipeline([check, double], name="picky"), mended
 
 
 async def test_a_map_that_collects_failures_keeps_its_successes(picky, cache, ran):

@@ -8,48 +8,55 @@ import numpy as np
 import pytest
 
 import hypernodes.cache._session as session
-from hypernodes import DiskCache, OutputMismatchError, Pipeline, node
+from hypernodes import OutputMismatchError, Pipeline, node
 from hypernodes.backend import LocalBackend
+from hypernodes.cache import _flight
+from tests import _caching
+from tests._caching import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
 
-
-@pytest.fixture
-def cache(tmp_path):
-    return DiskCache(tmp_path / "cache")
+cache = _caching.cache  # pytest finds fixtures among a module's names
 
 
 async def test_what_a_running_pipeline_inside_has_made_is_not_taken_for_nothing(cache):
     """Steps outside look their keys up while an uncached node inside has finished and its pipeline has not."""
     used = []
 
-    @node("v", cache=False)
-    def make(x):
-        return x * 10
+    def outer():
+        made, looked_up = anyio.Event(), anyio.Event()
 
-    @node("w", cache=False)
-    async def wait(v):
-        await anyio.sleep(0.1)
-        return v
+        @node("v", cache=False)
+        def make(x):
+            return x * 10
 
-    @node("u", cache=False)
-    async def other(y):
-        await anyio.sleep(0.03)
-        return y
+        @node("w", cache=False)
+        async def wait(v):
+            made.set()
+            await looked_up.wait()
+            return v
 
-    @node("t")
-    async def follow(u):
-        return u
+        @node("u", cache=False)
+        async def other(y):
+            await made.wait()
+            return y
 
-    @node("s")
-    async def use(v):
-        used.append(v)
-        return "s", v
+        @node("t")
+        async def follow(u):
+            looked_up.set()
+            return u
 
-    inner = Pipeline([make, wait], name="inner")
-    pipeline = Pipeline([inner, other, follow, use], name="outer", cache=cache)
-    for x in (1, 2):
-        assert (await pipeline.arun(x=x, y=x))["s"] == ("s", x * 10)
+        @node("s")
+        async def use(v):
+            used.append(v)
+            return "s", v
+
+        inner = Pipeline([make, wait], name="inner")
+        return Pipeline([inner, other, follow, use], name="outer", cache=cache)
+
+    with anyio.fail_after(PATIENCE_S):
+        for x in (1, 2):
+            assert (await outer().arun(x=x, y=x))["s"] == ("s", x * 10)
     assert used == [10, 20]
 
 
@@ -203,17 +210,21 @@ async def test_refresh_goes_into_a_pipeline_on_another_backend(cache, backend):
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_sync_call_does_not_wait_for_the_loop_that_it_holds(cache, anyio_backend):
+async def test_a_sync_call_does_not_wait_for_the_loop_that_it_holds(cache, anyio_backend, monkeypatch):
     """In a notebook: a task computes, and a cell calls run() for the same, which holds the task's loop."""
+    monkeypatch.setattr(_flight, "ACROSS_LOOPS_S", 600)  # who waits for the other loop hangs
+    begun, go_on = anyio.Event(), anyio.Event()
 
     @node("y")
     async def compute(x):
-        await asyncio.sleep(0.2)
+        if not begun.is_set():
+            begun.set()
+            await go_on.wait()
         return x
 
     pipeline = Pipeline([compute], cache=cache)
     task = asyncio.create_task(pipeline.arun(x=1))
-    await asyncio.sleep(0.05)
-    with anyio.fail_after(4):
-        assert pipeline.run(x=1) == {"y": 1}
-        assert await task == {"y": 1}
+    await begun.wait()
+    assert pipeline.run(x=1) == {"y": 1}
+    go_on.set()
+    assert await task == {"y": 1}

@@ -1,6 +1,5 @@
 """Values that cannot be kept or known, whose class has gone, or that someone changes: runs with a cache are right."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -11,32 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hypernodes import DiskCache, Pipeline, node
+from hypernodes import Pipeline, node
 from hypernodes.events import NodeUncacheable
-from tests._caching import Ran, in_order, of, rebuilt, warnings_of, watched
+from tests import _caching
+from tests._caching import in_order, of, watched
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
+cache, ran, warned = _caching.cache, _caching.ran, _caching.warned  # pytest finds fixtures among a module's names
+
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return DiskCache(tmp_path / "cache")
-
-
-@pytest.fixture
-def ran(tmp_path):
-    """Where functions note that they ran."""
-    rebuilt()
-    return Ran(str(tmp_path / "ran"))
-
-
-@pytest.fixture
-def warned(caplog):
-    """What the library warns of."""
-    caplog.set_level(logging.DEBUG, "hypernodes")
-    return lambda: warnings_of(caplog)
 
 
 # ---- values that cannot be kept, and inputs that cannot be known
