@@ -16,6 +16,7 @@ import pytest
 
 from hypernodes import DiskCache, Pipeline, node
 from hypernodes.backend import LocalBackend
+from hypernodes.cache._session import _FLIGHTS
 from hypernodes.events import CacheRefused, NodeCached, NodeStarted, NodeStored, NodeUncacheable, RunFinished
 
 PATIENCE_S = 20  # only a hang takes this long
@@ -106,6 +107,18 @@ def tally(seen):
         "uncacheable": NodeUncacheable,
     }
     return {name: kinds[kind] for name, kind in named.items() if kinds[kind]}
+
+
+def waiting():
+    """How many callers wait for what another one in this process computes."""
+    return sum(len(flight.waiters) for flight in list(_FLIGHTS._flying.values()))
+
+
+async def until(true):
+    """Return once a condition holds that others bring about."""
+    with anyio.fail_after(PATIENCE_S):
+        while not true():
+            await anyio.sleep(0.001)
 
 
 def opened(path, **options):

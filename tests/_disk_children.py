@@ -219,7 +219,7 @@ def use_after_fork(path):
             cache.write({key(("busy", number)): entry("busy", number)})
             cache.read([key("old")])
 
-    threads = [threading.Thread(target=busy) for _ in range(3)]
+    threads = [threading.Thread(target=busy, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     for number in range(40):

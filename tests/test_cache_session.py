@@ -16,7 +16,7 @@ from hypernodes.cache._buffer import buffer_of, identity
 from hypernodes.cache._envelope import seal
 from hypernodes.cache._ledger import History, Ledger
 from hypernodes.cache._session import CacheSession, _place
-from tests._caching import PATIENCE_S
+from tests._caching import until, waiting
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -84,19 +84,20 @@ async def test_a_store_without_a_hash_has_one_buffer():
 
 async def test_a_store_without_a_hash_computes_once():
     """Equal calls of two runs that overlap are made once, also where the store cannot be the key of a dict."""
-    ran = []
+    ran, go_on = [], anyio.Event()
 
     @node("y")
-    async def slow(x):
+    async def work(x):
         ran.append(x)
-        await anyio.sleep(0.1)
+        await go_on.wait()
         return x
 
-    pipeline = Pipeline([slow], cache=Unhashable())
-    with anyio.fail_after(PATIENCE_S):
-        async with anyio.create_task_group() as both:
-            both.start_soon(partial(pipeline.arun, x=1))
-            both.start_soon(partial(pipeline.arun, x=1))
+    pipeline = Pipeline([work], cache=Unhashable())
+    async with anyio.create_task_group() as both:
+        both.start_soon(partial(pipeline.arun, x=1))
+        both.start_soon(partial(pipeline.arun, x=1))
+        await until(waiting)
+        go_on.set()
     assert len(ran) == 1
 
 
