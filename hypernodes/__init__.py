@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hypernodes._callbacks import CallbackContext, PipelineCallback
     from hypernodes._definition import NestedPipeline
     from hypernodes._explanation import Explanation, NodeExplanation, Reason
+    from hypernodes._kept import forget_kept
     from hypernodes._mapping import ItemFailure, ItemResult, MapResult
     from hypernodes._node import Input, Node, node
     from hypernodes._pipeline import Pipeline
@@ -82,6 +83,7 @@ __all__ = [
     "cache",
     "errors",
     "events",
+    "forget_kept",
     "node",
 ]
 
@@ -102,6 +104,7 @@ _HOMES = {
     "Reason": "_explanation",
     "RetryPolicy": "_retry",
     "RunHandle": "backend._handle",
+    "forget_kept": "_kept",
     "node": "_node",
 }
 

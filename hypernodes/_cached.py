@@ -192,6 +192,8 @@ async def _call(
         await run_step(scope, step, trace, index)
         seconds = code.clock.share(began)
         made = step.made(trace)
+        if step.node.keep is not None:
+            return made  # it is no data
         size = await session.save(code, key, made, seconds, trace.input_digests(position))
         if size is None:
             if scope.wants(ev.NodeUncacheable):

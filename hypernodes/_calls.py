@@ -25,6 +25,17 @@ _UNSET: Any = object()
 
 async def call_node(scope: Scope, step: BoundCall, values: list[Any], index: int | None) -> Any:
     """Call a step's function with its arguments from ``values``, as its node's options say."""
+    node = step.node
+    if node.keep is None:
+        return await _called(scope, step, values, index)
+    # Imported by those alone who keep something.
+    from hypernodes._kept import kept
+
+    arguments, keywords = step.arguments(values), step.keyword_arguments(values)
+    return await kept(scope.run, node, arguments, keywords, lambda: _called(scope, step, values, index))
+
+
+async def _called(scope: Scope, step: BoundCall, values: list[Any], index: int | None) -> Any:
     policy = step.node.retry
     if policy is None:
         return await _attempt(scope, step, values, index)

@@ -139,6 +139,10 @@ class _Teller:
             for target in step.targets:
                 trace.digests[target] = None
             return
+        if step.node.keep is not None:
+            kept = Reason("not cached", "it is kept by the process: keep='process'")
+            self.told.append(NodeExplanation(path, "uncached", (kept,), seconds, opaque))
+            return
         if recipe.refresh[position]:
             reasons = (Reason("refresh"),)
         elif (refused := self._refused.get(trace.keys[position] or "")) is not None:

@@ -20,7 +20,7 @@ R = TypeVar("R")
 RunIn = Literal["auto", "loop", "thread", "process"]
 Kind = Literal["sync", "async", "generator", "async_generator"]
 _RUN_IN = typing.get_args(RunIn)
-_OPTIONS = ("run_in", "max_concurrency", "limit", "timeout", "retry", "cache", "version", "depends_on")
+_OPTIONS = ("run_in", "max_concurrency", "limit", "timeout", "retry", "cache", "keep", "version", "depends_on")
 
 REQUIRED: Any = inspect.Parameter.empty
 _KIND_BY_FLAGS: dict[int, Kind] = {
@@ -65,6 +65,7 @@ class Node(Generic[P, R]):
         timeout: float | None = None,
         retry: int | RetryPolicy | None = None,
         cache: bool = True,
+        keep: Literal["process"] | None = None,
         version: Any = None,
         depends_on: Iterable[Any] = (),
     ) -> None:
@@ -90,6 +91,7 @@ class Node(Generic[P, R]):
             timeout=checked_seconds(timeout, name),
             retry=RetryPolicy.of(retry, name),
             cache=_checked_cache(cache, name),
+            keep=_checked_keep(keep, name),
             version=version,
             depends_on=_checked_depends_on(depends_on, name),
         )
@@ -110,6 +112,7 @@ class Node(Generic[P, R]):
     timeout: float | None
     retry: RetryPolicy | None
     cache: bool
+    keep: Literal["process"] | None
     version: Any
     depends_on: tuple[Any, ...]
 
@@ -193,6 +196,7 @@ def node(
     timeout: float | None = ...,
     retry: int | RetryPolicy | None = ...,
     cache: bool = ...,
+    keep: Literal["process"] | None = ...,
     version: Any = ...,
     depends_on: Iterable[Any] = ...,
 ) -> _Decorator: ...
@@ -213,6 +217,10 @@ def node(output_name: Any, **options: Any) -> Any:  # noqa: D417 - the options a
             in a thread cannot be stopped by Python: it runs on, unheard; one in a process is killed.
         retry: attempts in all (an int), or a :class:`~hypernodes.RetryPolicy`.
         cache: False for a function that must run each time, where the pipeline has a cache.
+        keep: ``"process"`` for an object that is dear to make and no data, such as a model, an index or a client: it is
+            made once in a process, or in a warm container, for each version of the function and each of its inputs,
+            and handed to every run that needs it. It is never written to a cache, and what is made with it is found
+            there by this function and its inputs. It must bear being used by several runs at once.
         version: part of its signature in a cache, such as the version of a model that it calls.
         depends_on: what else its result depends on: paths of files or folders (by what is in them), functions,
             values.
@@ -285,6 +293,12 @@ def _checked_limit(limit: str | None, name: str) -> str | None:
     if limit is None or (isinstance(limit, str) and limit):
         return limit
     raise DefinitionError(f"limit of {name!r} is the name of a shared bound, a str, not {limit!r}")
+
+
+def _checked_keep(keep: Any, name: str) -> Literal["process"] | None:
+    if keep in ("process", None):
+        return keep  # type: ignore[no-any-return]
+    raise DefinitionError(f"keep of {name!r} must be 'process' or None, not {keep!r}")
 
 
 def _checked_cache(cache: bool, name: str) -> bool:

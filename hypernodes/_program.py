@@ -218,7 +218,7 @@ class _Binder:
         by_position, by_keyword = _split(node, parameters)
         targets = tuple(self._slots[name] for name in node.outputs)
         single = not isinstance(node.output_name, tuple)
-        guards = (node.limit, node.max_concurrency, node.timeout, node.retry)
+        guards = (node.limit, node.max_concurrency, node.timeout, node.retry, node.keep)
         unguarded = all(guard is None for guard in guards)
         place = _place(node, self._places.calls)
         return BoundCall(
@@ -285,6 +285,8 @@ def _tuple_getter(slots: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ..
 def _place(node: Node[..., Any], auto: Auto) -> str:
     if node.run_in != "auto" or node.kind not in ("sync", "generator"):
         return node.run_in
+    if node.keep is not None and auto == "process":
+        return "thread"  # what is kept stays in the process that asks for it
     # A timeout can only be kept for a function that does not hold the loop.
     return "thread" if auto == "measure" and node.timeout is not None else auto
 

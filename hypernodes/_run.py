@@ -193,6 +193,7 @@ class Run:
         "_workers",
         "blamed",
         "emit",
+        "prefixes",
         "refresh",
         "run_id",
         "yield_at",
@@ -209,6 +210,8 @@ class Run:
         self.blamed: dict[int, tuple[BaseException, Path]] = {}
         """Errors on their way out, by identity, with the path of the node where each began."""
         self.yield_at = time.perf_counter() + SLICE_S
+        self.prefixes: dict[Node[..., Any], bytes] = {}
+        """Of nodes whose results are kept: what stands for their code, found out once in a run."""
         self._bounds: dict[BoundKey, Bound] = {}
         self._lanes: dict[Cost, anyio.Semaphore] = {}
         self._threads: dict[int, anyio.CapacityLimiter] = {}

@@ -30,6 +30,7 @@ ROOMS = [
     ["cache"],
     ["_trace"],
     ["_run"],
+    ["_kept"],
     ["_calls", "_map_run", "_whole_map"],
     ["_cached"],
     ["_engine"],

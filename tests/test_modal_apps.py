@@ -6,6 +6,8 @@ What Modal's servers do with idle containers and with detached apps is a model t
 import asyncio
 import os
 import textwrap
+import threading
+import time
 
 import modal
 import modal.runner
@@ -68,6 +70,23 @@ class TestKept:
         await gone(plane)
         assert await pipeline.arun(x=1, output_name="pid") not in pids
         assert plane.calls["AppCreate"] == 2
+
+    async def test_what_is_dear_is_made_once_in_a_container(self, plane, client):
+        """A node with keep="process" makes its object in the first run; later runs in the container use it."""
+
+        @node("model", keep="process")
+        def load(name):
+            return threading.Lock(), time.monotonic_ns()
+
+        made_at = node("made_at")(lambda model, x: model[1])
+        backend = ModalBackend(IMAGE)
+        pipeline = Pipeline([load, made_at], backend=backend)
+        async with backend:
+            times = [await pipeline.arun(name="a", x=x, output_name="made_at") for x in range(3)]
+            times += (await pipeline.amap({"name": "a", "x": range(3)}, "x", output_name="made_at"))["made_at"]
+            other = await pipeline.arun(name="b", x=0, output_name="made_at")
+        assert len(set(times)) == 1
+        assert other not in times
 
     async def test_blocks_may_overlap(self, plane, client):
         """The app goes when the last block ends."""
