@@ -34,6 +34,7 @@ SCRIPTS = (
     "hashing",
     "callbacks",
     "growth",
+    "many_machines",
 )
 OTHERS = ("peers", "caches")
 """Comparisons, with tables of their own."""

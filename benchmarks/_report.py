@@ -13,13 +13,15 @@ def document(
     reports: Sequence[Json], peers: Sequence[Json], left_out: Sequence[str], caches: Json | None = None
 ) -> str:
     """All of it: the targets, cost by size, the peers and the caches, as far as they were run."""
-    rows = [report for report in reports if report["row"] != "growth"]
-    growth = [report for report in reports if report["row"] == "growth"]
+    by_size = ("growth", "many_machines")
+    rows = [report for report in reports if report["row"] not in by_size]
+    growth = [report for report in reports if report["row"] in by_size]
     parts = [environment_line([*reports, *peers, *([caches] if caches else [])])]
     if rows:
         parts += ["### Targets", target_table(rows), *notes_of(rows)]
     for report in growth:
-        parts += ["### Cost by size", growth_table(report), *notes_of([report])]
+        table = [growth_table(report)] if report["results"] else []
+        parts += [f"### {report['title']}", *table, *notes_of([report])]
     if peers or left_out:
         parts += [
             "### Beside other frameworks",

@@ -26,6 +26,7 @@ SCRIPTS = (
     "hashing",
     "callbacks",
     "growth",
+    "many_machines",
 )
 PEERS = {
     "with_hypernodes": "hypernodes",

@@ -16,6 +16,8 @@ from hypernodes._run import Sink
 MOST_ITEMS = 1 << 14
 SLOW_ROW_S = 0.005
 _GROWTH = 4
+_WORTHWHILE = 0.1
+"""Of the time that a chunk should take, what the last ones of a map should take at least."""
 
 
 @dataclass(slots=True)
@@ -67,6 +69,7 @@ class Chunks:
         self._fixed = size is not None
         self._least = least
         self._size = size or least
+        self._worthwhile = 1
         self._taken = first
         self._taking = anyio.Lock()
         self._exhausted = False
@@ -116,14 +119,15 @@ class Chunks:
             size = min(size, math.ceil(self._sink.window / self._lanes))
         if self._end is None or self._fixed:
             return size
-        # Towards the end chunks get smaller, so that lanes finish together.
+        # Towards the end chunks get smaller, so that lanes finish together; but not so small that a call costs more.
         share = (self._end - self._taken) / (self._lanes if self._least > 1 else 2 * self._lanes)
-        return max(1, min(size, math.ceil(share)))
+        return min(size, max(self._worthwhile, math.ceil(share)))
 
     def measured(self, items: int, seconds: float, size: int = 0) -> None:
         """Note how long a chunk took, and the bytes of its results; the next ones should be near the targets."""
         if self._fixed:
             return
         wanted = int(self._target_s * items / max(seconds, 1e-9))
+        self._worthwhile = max(1, int(_WORTHWHILE * wanted))
         fitting = self._target_bytes * items / max(size, 1)
         self._size = int(max(self._least, min(wanted, fitting, self._size * _GROWTH, MOST_ITEMS)))
