@@ -11,11 +11,20 @@ from hypernodes.backend._local import LocalBackend
 if TYPE_CHECKING:
     from hypernodes.backend._image import modal_image
     from hypernodes.backend._modal import ModalBackend
+    from hypernodes.backend._preflight import Preflight
     from hypernodes.backend._remote import RemoteBackend
 
-__all__ = ["Backend", "LocalBackend", "ModalBackend", "PipelineExecutionEngine", "RemoteBackend", "modal_image"]
+__all__ = [
+    "Backend",
+    "LocalBackend",
+    "ModalBackend",
+    "PipelineExecutionEngine",
+    "Preflight",
+    "RemoteBackend",
+    "modal_image",
+]
 
-_HOMES = {"ModalBackend": "_modal", "RemoteBackend": "_remote", "modal_image": "_image"}
+_HOMES = {"ModalBackend": "_modal", "RemoteBackend": "_remote", "Preflight": "_preflight", "modal_image": "_image"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,8 @@ import struct
 import sys
 from collections.abc import Callable, Mapping
 from io import BytesIO
-from typing import Any
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
@@ -23,22 +24,27 @@ from hypernodes.backend._wire import Parts, loads
 from hypernodes.cache._disk import KEY_VARIABLE, DiskCache
 from hypernodes.errors import CacheError, RemoteExecutionError, SerializationError
 
+if TYPE_CHECKING:
+    from hypernodes.backend._remote import RemoteBackend
+
 MAGIC = b"hypernodes"
 FORMAT = 2
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<Q")
+_NAMED = (type, FunctionType, BuiltinFunctionType, ModuleType)
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
     """Pickles what a GPU holds such that a machine without one can use it, and caches without their keys.
 
     Both wherever they hide. ``place`` is the backend that the message goes to: pipelines inside that ask for it are
-    there already.
+    there already. ``modules`` are those that what is pickled names: they have to be there.
     """
 
-    def __init__(self, file: BytesIO, buffers: list[pickle.PickleBuffer], place: Backend | None) -> None:
+    def __init__(self, file: Any, buffers: list[pickle.PickleBuffer], place: Backend | None) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffers.append)
+        self.modules: set[str] = set()
         self._place = place
 
     def reducer_override(self, obj: Any) -> Any:
@@ -55,7 +61,12 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
             return _cache_there, (restore, kind, path, key is not None, *rest)
         if "torch" in sys.modules and (how := _reduced_of_torch(sys.modules["torch"], obj)) is not None:
             return how
-        return super().reducer_override(obj)
+        how = super().reducer_override(obj)
+        if how is NotImplemented and isinstance(obj, _NAMED):  # by its module and name
+            module = obj.__name__ if isinstance(obj, ModuleType) else obj.__module__
+            if isinstance(module, str):
+                self.modules.add(module)
+        return how
 
 
 def _reduced_of_torch(torch: Any, obj: Any) -> tuple[Any, ...] | None:
@@ -100,11 +111,18 @@ def _cache_there(
     return restore(kind, path, key if signed else None, *rest)
 
 
-def packed(kind: str, *message: Any, place: Backend | None = None) -> bytes:
-    """Return a message as bytes: a plain header, then its pickle with large arrays beside it."""
+def packed(kind: str, *message: Any, place: RemoteBackend | None = None) -> bytes:
+    """Return a message as bytes: a plain header, then its pickle with large arrays beside it.
+
+    Raises:
+        RemoteExecutionError: the place lacks a module of this project that the message needs.
+    """
     buffers: list[pickle.PickleBuffer] = []
     file = BytesIO()
-    _Pickler(file, buffers, place).dump((kind, *message))
+    pickler = Pickler(file, buffers, place)
+    pickler.dump((kind, *message))
+    if place is not None:
+        place.require(pickler.modules)
     parts: list[Any] = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
     header = json.dumps({"format": FORMAT, "python": PYTHON, "hypernodes": __version__}).encode()
     lengths = b"".join(_LENGTH.pack(part.nbytes) for part in parts)

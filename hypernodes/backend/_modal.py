@@ -23,6 +23,7 @@ from hypernodes._threads import current_async_library
 from hypernodes.backend._entry import Shared, run_payload
 from hypernodes.backend._handle import RemoteCall
 from hypernodes.backend._remote import Line, Placing, Receive, RemoteBackend
+from hypernodes.backend._site import Site, site_of
 from hypernodes.backend._sizes import mebibytes
 from hypernodes.errors import DefinitionError, RemoteExecutionError, RemoteTimeoutError, WorkerCrashedError, quoted
 
@@ -147,6 +148,14 @@ class ModalBackend(RemoteBackend):
         """Return how many items of a stream are on their way at once, where its caller does not say."""
         return super().items_at_once() * (self._width if self.mode == "distributed" else 1)
 
+    def site(self) -> Site:
+        """Return what the image says of itself: nothing is built, and nobody asked."""
+        image = None if self._deployed else self._chosen_image()
+        return site_of(image, self._volumes, bool(self._options["secrets"]))
+
+    def _chosen_image(self) -> Any:
+        return self._image or _modal().Image.debian_slim().pip_install("hypernodes")
+
     @property
     def _width(self) -> int:
         return self._options["max_containers"] or CONTAINERS
@@ -196,9 +205,8 @@ class ModalBackend(RemoteBackend):
 
     def _defined(self) -> tuple[Any, Any]:
         modal = _modal()
-        image = self._image or modal.Image.debian_slim().pip_install("hypernodes")
         app = modal.App(self._app_name)
-        return app, app.function(image=image, volumes=self._volumes, **self._options)(run_job)
+        return app, app.function(image=self._chosen_image(), volumes=self._volumes, **self._options)(run_job)
 
     async def __aenter__(self) -> Self:
         """Keep one app for the runs in the block, so that they find warm containers."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import anyio
 
+from hypernodes._bridge import run_sync
 from hypernodes._engine import DEFAULT_ITEMS, PipelineExecutionEngine, told_map
 from hypernodes._feed import END
 from hypernodes._map_run import Failures
@@ -23,9 +24,14 @@ from hypernodes.backend._base import Backend
 from hypernodes.backend._entry import ItemsReply
 from hypernodes.backend._handle import RunHandle
 from hypernodes.backend._message import packed, unpacked
+from hypernodes.backend._site import Site
 from hypernodes.backend._wire import find_unpicklable, load_error, with_error
 from hypernodes.errors import DefinitionError, RemoteExecutionError, SerializationError
 from hypernodes.events import Emit
+
+if TYPE_CHECKING:
+    from hypernodes._pipeline import Pipeline
+    from hypernodes.backend._preflight import Preflight
 
 Receive = Callable[[bytes], None]
 """Takes a batch of events that was sent while a job runs."""
@@ -137,6 +143,49 @@ class RemoteBackend(Backend):
         """Start a call that outlives this process; return the id that :class:`RunHandle` finds it by."""
         raise RemoteExecutionError(f"what runs on {self!r} ends with this process: submit {label} to a ModalBackend")
 
+    def site(self) -> Site | None:
+        """Return what is known of where a run goes; None for nothing."""
+        return None
+
+    def require(self, modules: Iterable[str]) -> None:
+        """Raise an error for modules of this project that are certainly not there."""
+        if (site := self.site()) is not None:
+            site.require(modules)
+
+    async def acheck(
+        self, pipeline: Pipeline, inputs: Mapping[str, Any] | None = None, map_over: str | Sequence[str] | None = None
+    ) -> Preflight:
+        """Say what a run would fail of, or suffer from, before anything is started.
+
+        Everything is pickled as a run does it, and nothing is sent: which objects cannot be pickled, the bytes of each
+        input, Python, packages and modules of yours against the image, caches that do not work there. What it says is
+        data (:class:`~hypernodes.backend.Preflight`), and prints as a list.
+
+        Args:
+            pipeline: what would be run here, whatever its own backend is.
+            inputs: values by name, as for ``arun``, or with ``map_over`` as for ``amap``.
+            map_over: the inputs that take a list.
+
+        Raises:
+            DependencyError: an input is missing or unknown.
+        """
+        from hypernodes.backend._preflight import preflight
+
+        given = inputs or {}
+        if map_over is None:
+            pipeline._job(given, None, False)
+        else:
+            pipeline._map_spec(given, map_over, "zip", None, "raise", None, None)
+        found: Preflight
+        found, _ = await in_thread(lambda: preflight(pipeline._plan, given, self, self.site()), default_threads())
+        return found
+
+    def check(
+        self, pipeline: Pipeline, inputs: Mapping[str, Any] | None = None, map_over: str | Sequence[str] | None = None
+    ) -> Preflight:
+        """:meth:`acheck` from sync code."""
+        return run_sync(lambda: self.acheck(pipeline, inputs, map_over))
+
     async def _answer(self, job: Job, emit: Emit | None, rows: list[tuple[Any, ...]] | None = None) -> Any:
         kinds = emit.kinds if emit is not None else frozenset()
         payload = await packed_job(job, self, kinds, rows)
@@ -237,7 +286,7 @@ async def packed_job(
     def pack() -> bytes:
         try:
             return packed("job", described, place=place)
-        except SerializationError:
+        except (SerializationError, RemoteExecutionError):
             raise
         except Exception as error:  # pickling runs the user's code
             raise _unpicklable(job, named_parts(job, rows or ()), error) from error
@@ -275,7 +324,7 @@ async def packed_rows(job: Job, first: int, rows: list[tuple[Any, ...]], place: 
     def pack() -> bytes:
         try:
             return packed("chunk", {"rows": rows, "first": first}, place=place)
-        except SerializationError:
+        except (SerializationError, RemoteExecutionError):
             raise
         except Exception as error:  # pickling runs the user's code
             named = named_parts(replace(job, inputs={}), rows, first)
