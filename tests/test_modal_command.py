@@ -1,9 +1,12 @@
 """`hypernodes modal`, as its users meet it: a process, Modal's own client, and containers on the loopback."""
 
+import os
 import re
 import signal
 import subprocess
+import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 import modal
 import pytest
@@ -14,6 +17,8 @@ from hypernodes.backend._image import as_here
 from tests import loopback
 
 plane, nothing_left = loopback.plane, loopback.nothing_left
+
+README = Path(__file__).parent.parent / "README.md"
 
 pytestmark = pytest.mark.timeout(120)  # processes and containers that import numpy, on a busy machine
 
@@ -198,6 +203,18 @@ def test_ctrl_c_ends_the_run_there(plane):
     assert done.stderr == "hypernodes: interrupted\n"
     assert plane.calls["AppClientDisconnect"] == 1
     assert_nothing_left(plane)
+
+
+def test_the_examples_of_the_readme(plane, tmp_path):
+    """The blocks marked `py` are a script that prints what their `# ->` comments say, on the loopback."""
+    text = README.read_text("utf-8")
+    code = "\n\n".join(re.findall(r"^```py\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert "ModalBackend(" in code
+    script = tmp_path / "example.py"
+    script.write_text(code.replace("/results", f"{tempfile.gettempdir()}/loopback-{os.getpid()}-readme"))
+    done = plane.run_script(script, PYTHONWARNINGS="error")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == re.findall(r"^ *# -> (.*)$", code, re.MULTILINE)
 
 
 class TestImage:

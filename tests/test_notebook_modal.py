@@ -59,7 +59,7 @@ def test_it_runs_from_top_to_bottom(plane, executed):
     ]
     assert "inputs['text'] is a lock" in executed["unpicklable"]
     assert executed["cancel"] == "cancelled: its container is gone\n"
-    assert executed["warm"] == "the same process: True\n"
+    assert executed["warm"] == "loaded once: True\n"
     assert executed["distributed"] == "True\n"
     assert [function.options["gpu"] for function in plane.functions if "gpu" in function.options] == ["T4"]
     assert plane.volume("hypernodes-notebook").commits >= 1
