@@ -57,7 +57,7 @@ def test_it_runs_from_top_to_bottom(plane, executed):
         "5 is odd - in node 'halve' at halving[2] / halve",
         "[1, 2, None] ['5 is odd']",
     ]
-    assert "inputs['text'] is a lock" in executed["unpicklable"]
+    assert "inputs['text'] is a lock, which cannot be pickled" in executed["check"]
     assert executed["cancel"] == "cancelled: its container is gone\n"
     assert executed["warm"] == "loaded once: True\n"
     assert executed["distributed"] == "True\n"
