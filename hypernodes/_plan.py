@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -42,6 +43,14 @@ IGNORED: Final = _Ignored()
 
 EVERYTHING: Final = "*"
 """In place of the name of an output: all of them are to be recomputed."""
+
+
+def tokens_of(limit: Any) -> int:
+    """Return how many may hold a limit at once: a number itself, or anyio's semaphores and limiters."""
+    if isinstance(limit, int):
+        return limit
+    tokens = limit.max_value if hasattr(limit, "max_value") else limit.total_tokens
+    return int(min(tokens, sys.maxsize))  # a limiter may be endless
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +165,7 @@ class ExecutionPlan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What only the caller's process can use stays there: callbacks, the user's own limiters, derived data.
-        limits = {name: value if isinstance(value, int) else 1 for name, value in self.settings.limits.items()}
+        limits = {name: tokens_of(value) for name, value in self.settings.limits.items()}
         cache = self.settings.cache
         if cache is not INHERIT and not getattr(cache, "travels", False):
             cache = None

@@ -4,6 +4,7 @@ What a container adds to it is tested in test_modal_distributed.py.
 """
 
 import asyncio
+import math
 import threading
 from collections import Counter
 
@@ -392,6 +393,27 @@ class TestLimits:
         await Pipeline([inner], limits={"few": 2}).arun(x=list(range(60)))
         assert place.most_active == 2
         assert MOST == {"one": 2}
+
+    @pytest.mark.parametrize("outside", [False, True])
+    async def test_a_users_own_limiter_holds_too(self, anyio_backend, outside):
+        """What travels of it is how many tokens it has: no more run at once, and no fewer; it may be endless."""
+        place = Place(width=8, chunk_size=10)
+        pipeline = Pipeline([limited], name="inner", backend=place)
+        for tokens in (3, math.inf):
+            MOST.clear()
+            limits = {"few": anyio.CapacityLimiter(tokens)}
+            if outside:
+                await Pipeline([pipeline.as_node(map_over="x")], limits=limits).arun(x=list(range(80)))
+            else:
+                await Pipeline([limited], limits=limits, backend=place).amap({"x": range(80)}, "x")
+            assert MOST["one"] == 3 if tokens == 3 else MOST["one"] > 8
+
+    async def test_a_users_own_limiter_on_one_machine(self, anyio_backend):
+        """There its tokens are all in one place."""
+        MOST.clear()
+        limits = {"few": anyio.CapacityLimiter(5)}
+        await Pipeline([limited], limits=limits, backend=Place(width=1, chunk_size=20)).amap({"x": range(20)}, "x")
+        assert MOST == {"one": 5}
 
     async def test_items_at_once_hold_over_all_machines(self, anyio_backend):
         """max_concurrency of a call is shared out too."""

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from hypernodes._crew import Crew
-from hypernodes._plan import ExecutionPlan, PlanStep
+from hypernodes._plan import ExecutionPlan, PlanStep, tokens_of
 from hypernodes._run import Job, Run, Sink
 from hypernodes.backend._chunking import Chunk, Chunks
-from hypernodes.backend._remote import Line, RemoteBackend, Taker, opened, packed_job, packed_rows, tokens_of
+from hypernodes.backend._remote import Line, RemoteBackend, Taker, opened, packed_job, packed_rows
 from hypernodes.backend._wire import load_error
 from hypernodes.errors import RemoteTimeoutError, SerializationError, WorkerCrashedError
 from hypernodes.events import Emit, format_path
@@ -137,7 +137,7 @@ class DistributedMap:
 
 def _bounds(plan: ExecutionPlan) -> Iterator[int]:
     """Return every bound that a plan sets on its nodes, at any depth."""
-    yield from (value for value in plan.settings.limits.values() if isinstance(value, int))
+    yield from (tokens_of(value) for value in plan.settings.limits.values())
     for step in plan.steps:
         if isinstance(step, PlanStep):
             yield from _bounds(step.plan)

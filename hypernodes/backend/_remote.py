@@ -9,15 +9,13 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-import anyio
-
 from hypernodes._bridge import run_sync
 from hypernodes._engine import DEFAULT_ITEMS, PipelineExecutionEngine, told_map
 from hypernodes._feed import END
 from hypernodes._map_run import Failures
 from hypernodes._mapping import MapSpec
 from hypernodes._node import checked_count
-from hypernodes._plan import ExecutionPlan, PlanStep
+from hypernodes._plan import ExecutionPlan, PlanStep, tokens_of
 from hypernodes._run import Job, Mode, Run, Sink
 from hypernodes._threads import default_threads, in_thread
 from hypernodes.backend._base import Backend
@@ -363,8 +361,3 @@ def _functions(plan: ExecutionPlan) -> dict[str, Any]:
     for step in plan.steps:
         named |= _functions(step.plan) if isinstance(step, PlanStep) else {step.name: step.node.func}
     return named
-
-
-def tokens_of(bound: Any) -> int:
-    """Return how many may hold a bound at once."""
-    return int(bound.total_tokens if isinstance(bound, anyio.CapacityLimiter) else bound.max_value)
