@@ -116,6 +116,22 @@ async def test_an_item_that_hangs(plane, client):
     assert isinstance(result.failures[0].error, RemoteTimeoutError)
 
 
+@pytest.mark.parametrize("kind", ["NotFoundError", "InternalError", "AuthError"])
+async def test_a_node_that_uses_modal(plane, client, kind):
+    """Its errors are the user's own, and no sign of a dead container or a refused account."""
+
+    @node("y")
+    def asks_modal(x):
+        import modal.exception
+
+        raise getattr(modal.exception, kind)("of the user's own call")
+
+    pipeline = Pipeline([asks_modal], backend=distributed(chunk_size=2))
+    with pytest.raises(getattr(modal.exception, kind), match="own call"):
+        await pipeline.amap({"x": range(4)}, "x")
+    assert plane.calls["FunctionMap"] <= 2
+
+
 async def test_progress_comes_while_chunks_run(plane, client):
     """One queue brings the events of all containers, under the indices of the whole map."""
     seen = []

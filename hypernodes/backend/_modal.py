@@ -25,7 +25,14 @@ from hypernodes.backend._handle import RemoteCall
 from hypernodes.backend._remote import Line, Placing, Receive, RemoteBackend
 from hypernodes.backend._site import Site, site_of
 from hypernodes.backend._sizes import mebibytes
-from hypernodes.errors import DefinitionError, RemoteExecutionError, RemoteTimeoutError, WorkerCrashedError, quoted
+from hypernodes.errors import (
+    DefinitionError,
+    ExecutionError,
+    RemoteExecutionError,
+    RemoteTimeoutError,
+    WorkerCrashedError,
+    quoted,
+)
 
 if TYPE_CHECKING:
     import modal
@@ -165,7 +172,16 @@ class ModalBackend(RemoteBackend):
         _need_asyncio()
         modal = _modal()
         kept = self._kept
-        with _translated(label):
+        own: set[int] = set()
+
+        async def working(line: Line) -> T:
+            try:
+                return await work(line)
+            except Exception as error:
+                own.add(id(error))
+                raise
+
+        with _translated(label, own):
             async with contextlib.AsyncExitStack() as stack:
                 if kept is not None:
                     function = kept.function
@@ -176,11 +192,11 @@ class ModalBackend(RemoteBackend):
                 alone = kept is None and self._deployed is None
                 line = ModalLine(function, list(self._volumes.values()), stack, self._environment, self._width, alone)
                 if receive is None:
-                    return await work(line)
+                    return await working(line)
                 line.queue = await stack.enter_async_context(
                     modal.Queue.ephemeral.aio(environment_name=self._environment)
                 )
-                return await _draining(line.queue, receive, lambda: work(line))
+                return await _draining(line.queue, receive, lambda: working(line))
 
     async def _found(self) -> Any:
         """Return the function of the deployed app."""
@@ -466,22 +482,35 @@ def _modal() -> Any:
 
 
 @contextlib.contextmanager
-def _translated(what: str) -> Any:
-    """Raise one clear error of ours for what Modal's client raises, with its own as the cause."""
+def _translated(what: str, but: Collection[int] = ()) -> Any:
+    """Raise one clear error of ours for what Modal's client raises, with its own as the cause.
+
+    Errors whose ids are in ``but`` stay as they are: a node may use Modal, and its errors are the user's.
+    """
     import modal.exception as theirs
 
     try:
         yield
-    except theirs.AuthError as error:
-        raise RemoteExecutionError(
-            f"Modal refuses the account ({error}): run `modal token new`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET"
-        ) from error
-    except theirs.FunctionTimeoutError as error:
-        raise RemoteTimeoutError(f"{what} took longer in its container than the backend's timeout allows") from error
-    except (theirs.InternalFailure, theirs.InternalError) as error:
-        raise WorkerCrashedError(f"the container that ran {what} died ({error}): out of memory, or a crash") from error
     except theirs.Error as error:
-        raise RemoteExecutionError(f"Modal could not run {what}: {type(error).__name__}: {error}") from error
+        if id(error) in but:
+            raise
+        raise _ours(what, error) from error
+
+
+def _ours(what: str, error: Exception) -> ExecutionError:
+    import modal.exception as theirs
+
+    match error:
+        case theirs.AuthError():
+            return RemoteExecutionError(
+                f"Modal refuses the account ({error}): run `modal token new`, or set MODAL_TOKEN_ID and "
+                f"MODAL_TOKEN_SECRET"
+            )
+        case theirs.FunctionTimeoutError():
+            return RemoteTimeoutError(f"{what} took longer in its container than the backend's timeout allows")
+        case theirs.InternalFailure() | theirs.InternalError():
+            return WorkerCrashedError(f"the container that ran {what} died ({error}): out of memory, or a crash")
+    return RemoteExecutionError(f"Modal could not run {what}: {type(error).__name__}: {error}")
 
 
 def _checked(value: Any, kind: type, option: str, example: str) -> Any:
