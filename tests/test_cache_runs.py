@@ -353,8 +353,10 @@ def test_sync_runs_in_threads_compute_what_they_share_once(cache, ran):
     threads = [threading.Thread(target=run) for _ in range(count)]
     for each in threads:
         each.start()
-    anyio.run(until, lambda: waiting() == 2 * (count - 1))
-    go_on.set()
+    try:
+        anyio.run(until, lambda: waiting() == 2 * (count - 1))
+    finally:
+        go_on.set()
     for each in threads:
         each.join(PATIENCE_S)
     assert made == [[[1], [2]]] * count
