@@ -70,7 +70,7 @@ def nothing_left() -> Iterator[None]:
     assert psutil.Process().children(recursive=True) == []
     listening = [one for one in psutil.Process().net_connections(kind="inet") if one.status == psutil.CONN_LISTEN]
     assert listening == []
-    assert [path for path in Path(tempfile.gettempdir()).glob("loopback-*") if path.is_symlink()] == []
+    assert [path for path in Path(tempfile.gettempdir()).glob(f"loopback-{os.getpid()}-*") if path.is_symlink()] == []
 
 
 @functools.cache
