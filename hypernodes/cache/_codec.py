@@ -14,6 +14,7 @@ LARGE = 64 * 1024
 """Bytes from which a buffer, such as an array's, is stored beside the pickle and never copied into it."""
 PICKLE, PICKLE_WITH_BUFFERS = 1, 2
 _LENGTH = struct.Struct("<Q")
+_SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
 
 
 def encode(value: Any) -> tuple[int, list[Any]]:
@@ -25,6 +26,8 @@ def encode(value: Any) -> tuple[int, list[Any]]:
     Raises:
         Exception: whatever pickling runs into.
     """
+    if type(value) in _SCALARS:
+        return PICKLE, [pickle.dumps(value, protocol=5)]
     buffers: list[memoryview] = []
 
     def in_band(buffer: pickle.PickleBuffer) -> bool:

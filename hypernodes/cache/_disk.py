@@ -17,7 +17,7 @@ from hypernodes.cache._files import EntryFiles
 from hypernodes.cache._index import LARGEST_MERGED, MERGE_AT, PackIndex
 from hypernodes.cache._packs import LARGEST_ENTRY
 from hypernodes.cache._root import KEY, PRUNED, Root, touch
-from hypernodes.cache._store import buffers, size
+from hypernodes.cache._store import buffers, total
 from hypernodes.errors import CacheError
 
 if TYPE_CHECKING:
@@ -144,13 +144,12 @@ class DiskCache:
         for key, entry in entries.items():
             if not KEY.fullmatch(key):
                 raise ValueError(f"{key!r} cannot be a key: keys are 64 hexadecimal digits")
-            parts = buffers(entry)
-            length = sum(map(size, parts))
+            length = total(entry)
             if length < LARGEST_ENTRY:
-                small[key] = parts
+                small[key] = (entry,) if type(entry) is bytes else buffers(entry)
                 lengths.append(length)
             else:
-                large[key] = parts
+                large[key] = buffers(entry)
         if not self._is_there():
             self._root.prepare()
             self._checked = True

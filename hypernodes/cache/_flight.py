@@ -63,7 +63,7 @@ class Flights:
         outer = _leading.get()
         if outer is not None:
             outer = self._enclosing(outer, key)
-        flight = _Flight(self, key, outer, _this_loop()[0])
+        flight = _Flight(self, key, outer, _this_loop())
         try:
             # One atomic step: alone, a caller needs no lock.
             while (there := self._flying.setdefault(key, flight)) is not flight:
@@ -143,7 +143,7 @@ class _Flight:
         if self.waiters:
             with _lock:
                 waiters, self.waiters = self.waiters, {}
-            here, _ = _this_loop()
+            here = _this_loop()
             for waiter in waiters:
                 waiter.wake(here)
 
@@ -156,12 +156,12 @@ class _Flight:
 class _Waiter:
     """One wait for a flight."""
 
-    __slots__ = ("_event", "_post", "flight", "loop")
+    __slots__ = ("_event", "flight", "loop")
 
     def __init__(self, flight: _Flight) -> None:
         self.flight = flight
         self._event = anyio.Event()
-        self.loop, self._post = _this_loop()
+        self.loop = _this_loop()
 
     async def wait(self) -> None:
         await self._event.wait()
@@ -172,7 +172,7 @@ class _Waiter:
             self._event.set()
         else:
             with suppress(RuntimeError):  # on a loop that is closed by now nobody waits
-                self._post(self._event.set)
+                _post(self.loop, self._event.set)
 
 
 class _Failure:
@@ -266,24 +266,24 @@ def _chain(flight: _Flight | None) -> Iterator[_Flight]:
         flight = flight.outer
 
 
-def _this_loop() -> tuple[object, Callable[[Callable[[], object]], object]]:
-    """Return what identifies the running event loop, and how another thread has it call something."""
+def _this_loop() -> object:
+    """Return what identifies the running event loop; None where a coroutine is being closed outside any."""
     match current_async_library():
         case "asyncio":
             import asyncio
 
-            loop = asyncio.get_running_loop()
-            return loop, loop.call_soon_threadsafe
+            return asyncio.get_running_loop()
         case "trio":
             import trio
 
-            token = trio.lowlevel.current_trio_token()
-            return token, token.run_sync_soon
-    return None, _nowhere  # a coroutine is being closed outside any loop
+            return trio.lowlevel.current_trio_token()
+    return None
 
 
-def _nowhere(call: Callable[[], object]) -> None:
-    raise RuntimeError("no event loop")
+def _post(loop: Any, call: Callable[[], object]) -> None:
+    """Have the event loop of another thread call something."""
+    post = loop.call_soon_threadsafe if hasattr(loop, "call_soon_threadsafe") else loop.run_sync_soon
+    post(call)
 
 
 _everywhere: weakref.WeakSet[Flights] = weakref.WeakSet()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import anyio
 
 from hypernodes._context import await_in_copy
-from hypernodes.cache._store import Store, buffers, joined, size
+from hypernodes.cache._store import Store, joined, total
 from hypernodes.errors import CacheError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Guard:
 
     async def set_many(self, entries: Mapping[str, Entry]) -> bool:
         """Have the store keep entries; say whether it does."""
-        written = sum(size(part) for entry in entries.values() for part in buffers(entry))
+        written = sum(map(total, entries.values()))
         return bool(await self._call("write", self._put(entries), keys=len(entries), written=written))
 
     async def _got(self, keys: Sequence[str]) -> Mapping[str, Buffer]:

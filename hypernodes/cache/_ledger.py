@@ -79,8 +79,10 @@ class History:
 
     def index_of(self, parts: dict[str, str]) -> int:
         """Return the index of a state of the code, which is added if it is new."""
+        if self.codes and self.codes[-1].parts is parts:
+            return len(self.codes) - 1
         for index, record in enumerate(self.codes):
-            if record.parts is parts or record.parts == parts:
+            if record.parts == parts:
                 return index
         self.codes.append(CodeRecord(parts))
         return len(self.codes) - 1

@@ -56,6 +56,11 @@ def size(buffer: Buffer) -> int:
     return len(buffer) if type(buffer) is bytes else memoryview(buffer).nbytes
 
 
+def total(entry: Entry) -> int:
+    """Return the bytes in an entry."""
+    return len(entry) if type(entry) is bytes else sum(map(size, buffers(entry)))
+
+
 def joined(entry: Entry) -> bytes:
     """Return an entry as one piece; only what is in several pieces is copied."""
     parts = buffers(entry)
