@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 
 from hypernodes import events as ev
+from hypernodes._ahead import Ahead, Row
 from hypernodes._cost import CHEAP_S
 from hypernodes._crew import Crew
 from hypernodes._feed import END
@@ -261,8 +262,10 @@ class CachedMapRun(MapRun):
         assert isinstance(template, Trace)
         self._origin: Origin | None = work.origin
         self._start = template
+        if work.spec.mode == "product":
+            template.repeated = {slot: {} for slot in self._slots}
         self._ready: deque[tuple[int, Trace]] = deque()
-        self._exhausted = False
+        self._ahead: Ahead | None = None
         self._wanted = tuple(slot for _, slot in work.program.outputs)
         self._given = (*work.program.slots.values(),)
         self._places = self._places_of_wanted(template.recipe)
@@ -333,35 +336,23 @@ class CachedMapRun(MapRun):
         finally:
             self._taking = False
 
-    async def _rows(self) -> list[tuple[int, tuple[Any, ...]]]:
-        rows: list[tuple[int, tuple[Any, ...]]] = []
+    async def _rows(self) -> list[Row]:
+        """Take up to a batch of rows, with their positions; none at the end."""
         feed, sink = self._feed, self._sink
-        if self._quick:
-            while len(rows) < BATCH and (row := feed.next()) is not END:
-                rows.append((self._taken + len(rows), row))
-            self._taken += len(rows)
-            self._exhausted = len(rows) < BATCH
-            return rows
-        while len(rows) < BATCH and not self._exhausted:
-            if sink.bounded and sink.full(self._taken):
-                if rows:
-                    break
-                await sink.room()
-                continue
-            if feed.waits:
-                if rows:
-                    break
-                row = await feed.pull()
-            else:
-                row = feed.next()
-            if row is END:
-                self._exhausted = True
-                break
+        if feed.waits:
+            if self._ahead is None:
+                self._ahead = Ahead(feed, sink, self._scope.run, self._taken, BATCH)
+                self._crew.start(self._ahead.read)
+            return await self._ahead.rows()
+        while sink.bounded and sink.full(self._taken):
+            await sink.room()
+        rows: list[Row] = []
+        while len(rows) < BATCH and not (sink.bounded and sink.full(self._taken)) and (row := feed.next()) is not END:
             rows.append((self._taken, row))
             self._taken += 1
         return rows
 
-    def _traces(self, rows: list[tuple[int, tuple[Any, ...]]]) -> list[Trace]:
+    def _traces(self, rows: list[Row]) -> list[Trace]:
         start, slots = self._start, self._slots
         known = None if self._origin is None else self._origin.digests
         traces = []

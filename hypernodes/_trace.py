@@ -196,13 +196,16 @@ class Recipe:
         return (tracer or self.tracer).recipe(step.program, given, self.asked | asked)
 
 
+_NOTHING_REPEATED: dict[int, dict[int, tuple[Any, Any]]] = {}
+
+
 class Trace(list[Any]):
     """The values of one run of a program, or of one item of a map of it, with what is known of their identity.
 
     As a list it holds values by slot; :class:`NotLoaded` where one is in the cache and nothing has needed it yet.
     """
 
-    __slots__ = ("_root", "children", "digests", "eager", "hits", "keys", "looking", "recipe", "start")
+    __slots__ = ("_root", "children", "digests", "eager", "hits", "keys", "looking", "recipe", "repeated", "start")
 
     def __init__(
         self,
@@ -216,6 +219,9 @@ class Trace(list[Any]):
         super().__init__(values)
         self.start = start
         """Of an item of a map: what all items begin with."""
+        self.repeated: dict[int, dict[int, tuple[Any, Any]]] = _NOTHING_REPEATED
+        """Of what all items of a map begin with, where its rows repeat values: for each mapped slot, these by identity,
+        with their digests."""
         self._root: Trace | None = None
         self.looking: anyio.Lock | None = None
         """Held while its keys are looked up, where steps run side by side; that of the root counts."""
@@ -282,18 +288,26 @@ class Trace(list[Any]):
         return asked
 
     def known(self, slot: int) -> Any:
-        """Return the digest of a slot; what all items of a map share is hashed by the first that needs it."""
+        """Return the digest of a slot; what items of a map share is hashed by the first that needs it."""
         digest, start = self.digests[slot], self.start
-        if digest is BY_VALUE and start is not None and start[slot] is self[slot] and start.digests[slot] is not None:
-            digest = self.digests[slot] = start.digests[slot]
+        if digest is BY_VALUE and start is not None:
+            value = self[slot]
+            if start[slot] is value and start.digests[slot] is not None:
+                digest = self.digests[slot] = start.digests[slot]
+            elif start.repeated and (found := start.repeated.get(slot, {}).get(id(value))):
+                digest = self.digests[slot] = found[1]
         return digest
 
     def _learned(self, slot: int, digest: Any) -> None:
         """Note the digest of a slot, also for the other items of a map if they share its value."""
+        before, start = self.digests[slot], self.start
         self.digests[slot] = digest
-        start = self.start
-        if start is not None and start[slot] is self[slot] and start.digests[slot] is BY_VALUE:
-            start.digests[slot] = digest
+        if before is BY_VALUE and digest is not BY_VALUE and start is not None:
+            value = self[slot]
+            if start[slot] is value and start.digests[slot] is BY_VALUE:
+                start.digests[slot] = digest
+            elif slot in start.repeated:
+                start.repeated[slot][id(value)] = value, digest  # an address names it only while it lives
 
     def child(self, step: BoundPlan) -> Trace:
         """Return the trace of a nested pipeline that is not mapped, with what is known of its inputs now."""

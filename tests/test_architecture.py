@@ -31,7 +31,7 @@ ROOMS = [
     ["_trace"],
     ["_run"],
     ["_kept"],
-    ["_calls", "_map_run", "_whole_map"],
+    ["_ahead", "_calls", "_map_run", "_whole_map"],
     ["_cached"],
     ["_engine"],
     ["_explain"],
