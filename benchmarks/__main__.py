@@ -35,6 +35,7 @@ SCRIPTS = (
     "callbacks",
     "growth",
     "many_machines",
+    "remote",
 )
 OTHERS = ("peers", "caches")
 """Comparisons, with tables of their own."""

@@ -27,6 +27,7 @@ SCRIPTS = (
     "callbacks",
     "growth",
     "many_machines",
+    "remote",
 )
 PEERS = {
     "with_hypernodes": "hypernodes",

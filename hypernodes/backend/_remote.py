@@ -22,7 +22,7 @@ from hypernodes.backend._base import Backend
 from hypernodes.backend._entry import ItemsReply
 from hypernodes.backend._handle import RunHandle
 from hypernodes.backend._message import packed, unpacked
-from hypernodes.backend._site import Site
+from hypernodes.backend._site import Site, is_local
 from hypernodes.backend._wire import find_unpicklable, load_error, with_error
 from hypernodes.errors import DefinitionError, RemoteExecutionError, SerializationError
 from hypernodes.events import Emit
@@ -147,8 +147,9 @@ class RemoteBackend(Backend):
 
     def require(self, modules: Iterable[str]) -> None:
         """Raise an error for modules of this project that are certainly not there."""
-        if (site := self.site()) is not None:
-            site.require(modules)
+        own = [module for module in modules if is_local(module)]
+        if own and (site := self.site()) is not None:
+            site.require(own)
 
     async def acheck(
         self, pipeline: Pipeline, inputs: Mapping[str, Any] | None = None, map_over: str | Sequence[str] | None = None
