@@ -109,7 +109,7 @@ async def test_results_are_in_order(anyio_backend):
     place = Place(hook=hook, chunk_size=3)
     result = await Pipeline([double], backend=place).amap({"x": range(100)}, "x")
     assert result == {"doubled": [2 * x for x in range(100)]}
-    assert [len(chunk) for chunk in place.chunks] == [3] * 33 + [1]
+    assert sorted(len(chunk) for chunk in place.chunks) == [1] + [3] * 33
     assert 1 < place.most_active <= 4
     assert place.left == 1
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import pytest
 
 from hypernodes import Pipeline, node
-from hypernodes._signature import origin
+from hypernodes._signature import code, origin
 from hypernodes._signature.bytecode import bytecode_digest
 from hypernodes._signature.code import _known, fingerprint, hash_code, hash_dependencies
 from hypernodes._signature.values import hash_value
@@ -371,6 +371,51 @@ def test_what_exec_makes_in_a_namespace_without_a_name_counts_by_what_it_does():
     }
     for kind, make in kinds.items():
         assert make(1) == make(1) != make(2), kind
+
+
+def test_threads_that_parse_at_one_moment(module, monkeypatch):
+    """Python may upset a thread that parses while another does: a function is what it was before, all the same."""
+    functions = [module(f"def value(x):\n    return x + {number % 2}\n").value for number in range(4)]
+    parse, calls = ast.parse, []
+
+    def upset(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) % 3:
+            raise SystemError("AST constructor recursion depth mismatch (before=57, after=50)")
+        return parse(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ast, "parse", upset)
+        digests = [list(fingerprint(function).parts.values()) for function in functions]
+    assert len(calls) == 12
+    assert digests[0] == digests[2] != digests[1] == digests[3]
+
+
+def test_code_that_cannot_be_read_is_not_taken_for_other_code(module, monkeypatch):
+    """Whatever goes wrong with it, the function is not cached: found by its name alone, its results would be stale."""
+    function = module("def value(x):\n    return x\n").value
+
+    def fail(function):
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(code, "uses_of", fail)
+    with pytest.raises(UncacheableError, match=r"the code of value cannot be read .*odd"):
+        fingerprint(function)
+
+
+def test_a_text_that_cannot_be_parsed_for_good(module, monkeypatch):
+    """Its functions count by their bytecode, and by what they read."""
+    functions = [module(f"FACTOR = {number}\ndef value(x):\n    return x * FACTOR\n").value for number in range(2)]
+
+    def fail(*arguments, **options):
+        raise SystemError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ast, "parse", fail)
+        one, other = (fingerprint(function).parts for function in functions)
+    assert list(one.values()) != list(other.values())
+    assert len(one) == 2
+    assert any("FACTOR" in part for part in one)
 
 
 @pytest.mark.parametrize("others", ["", "first = lambda x: x + 1; "])

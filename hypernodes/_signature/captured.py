@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-from hypernodes._signature.syntax import FunctionSyntax, expression_digest
+from hypernodes._signature.syntax import FunctionSyntax, expression_digest, undisturbed
 
 Chain: TypeAlias = tuple[str, ...]
 
@@ -124,8 +124,8 @@ def decorators_of(function: FunctionSyntax) -> Iterator[tuple[Chain, bytes]]:
 def names_in(annotation: str) -> list[str]:
     """Return the names in an annotation that is kept as text."""
     try:
-        tree = ast.parse(annotation, mode="eval")
-    except SyntaxError:
+        tree = undisturbed(lambda: ast.parse(annotation, mode="eval"))
+    except (SyntaxError, ValueError):
         return []
     return sorted({each.id for each in ast.walk(tree) if isinstance(each, ast.Name)})
 

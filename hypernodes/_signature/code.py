@@ -20,6 +20,7 @@ from hypernodes._signature.captured import Chain, Uses, decorators_of, uses_of
 from hypernodes._signature.dependencies import hash_dependencies
 from hypernodes._signature.source import syntax_of
 from hypernodes._signature.syntax import annotations_digest, function_digest
+from hypernodes.errors import UncacheableError
 
 __all__ = ["Fingerprint", "fingerprint", "hash_code", "hash_dependencies"]
 
@@ -96,24 +97,34 @@ _known: dict[int, tuple[weakref.ref[CodeType], Code]] = {}
 
 
 def code_of(func: FunctionType) -> Code:
-    """Return what there is to know about a function's code; found out once."""
+    """Return what there is to know about a function's code; found out once.
+
+    Raises:
+        UncacheableError: it cannot be found out; a result found by less would be stale after an edit.
+    """
     code = func.__code__
     known = _known.get(id(code))
     if known is not None and known[0]() is code:
         return known[1]
-    syntax = syntax_of(code, func.__globals__)
-    if syntax is None:
-        uses = bytecode_uses(code)
-        found = Code(bytecode_digest(code), uses, tuple(sorted(uses.reads)))
-    else:
-        uses = uses_of(syntax)
-        found = Code(
-            function_digest(syntax),
-            uses,
-            tuple(sorted(uses.reads)),
-            tuple(decorators_of(syntax)),
-            annotations_digest(syntax),
-        )
+    try:
+        found = _found_out(func, code)
+    except Exception as error:
+        raise UncacheableError(f"the code of {code.co_qualname} cannot be read ({error!r})") from error
     address = id(code)
     _known[address] = weakref.ref(code, lambda _: _known.pop(address, None)), found
     return found
+
+
+def _found_out(func: FunctionType, code: CodeType) -> Code:
+    syntax = syntax_of(code, func.__globals__)
+    if syntax is None:
+        uses = bytecode_uses(code)
+        return Code(bytecode_digest(code), uses, tuple(sorted(uses.reads)))
+    uses = uses_of(syntax)
+    return Code(
+        function_digest(syntax),
+        uses,
+        tuple(sorted(uses.reads)),
+        tuple(decorators_of(syntax)),
+        annotations_digest(syntax),
+    )

@@ -19,7 +19,7 @@ from types import CodeType
 from typing import Any, TypeAlias
 
 from hypernodes._signature.bytecode import bytecode_digest, nested
-from hypernodes._signature.syntax import FunctionSyntax
+from hypernodes._signature.syntax import FunctionSyntax, undisturbed
 
 _FUTURES = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -95,10 +95,10 @@ def _stamp(filename: str) -> _Stamp:
 
 def _compile_text(text: bytes | str, filename: str, flags: int) -> _Compiled | None:
     try:
-        tree = ast.parse(text, filename)
+        tree = undisturbed(lambda: ast.parse(text, filename))
         # Notebooks compile cells with a top-level `await`.
         flags |= ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-        code = compile(tree, filename, "exec", flags=flags, dont_inherit=True)
+        code = undisturbed(lambda: compile(tree, filename, "exec", flags=flags, dont_inherit=True))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None  # being edited, or not Python at all
     functions: defaultdict[tuple[int, str], list[FunctionSyntax]] = defaultdict(list)

@@ -7,12 +7,35 @@ and local variables, which change nothing that runs. The annotations in a class 
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
-from typing import TypeAlias
+import threading
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
 
 FunctionSyntax: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
+T = TypeVar("T")
 _NOT_MEANT = frozenset({"ctx", "kind", "type_comment", "type_ignores", "type_params"})
+
+
+_parsing = threading.Lock()
+_ATTEMPTS = 50
+
+
+def undisturbed(make: Callable[[], T]) -> T:
+    """Return what parsing or compiling a tree gives.
+
+    Up to Python 3.12 two threads that do it at one moment may upset each other (``SystemError: AST constructor
+    recursion depth mismatch``): ours take turns, and a collision with somebody else's is tried again.
+
+    Raises:
+        ValueError: there is no end to it.
+    """
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(SystemError), _parsing:
+            return make()
+    raise ValueError("other threads parse all the time")
 
 
 def function_digest(function: FunctionSyntax) -> bytes:
