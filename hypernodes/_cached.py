@@ -14,13 +14,15 @@ from hypernodes import events as ev
 from hypernodes._ahead import Ahead, Row
 from hypernodes._cost import CHEAP_S
 from hypernodes._crew import Crew
+from hypernodes._digests import BY_VALUE
 from hypernodes._feed import END
 from hypernodes._map_run import MapRun, RunItem
 from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, BoundStep, Program
+from hypernodes._recipe import Recipe
 from hypernodes._run import Job, MapWork, Origin, Scope
 from hypernodes._threads import default_threads, in_thread
-from hypernodes._trace import BY_VALUE, Recipe, Trace
+from hypernodes._trace import Trace
 from hypernodes._whole_map import keep_map, map_key, recall_map
 from hypernodes.errors import CacheError
 from hypernodes.events import NotLoaded

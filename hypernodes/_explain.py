@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hypernodes._cached import BATCH, look_up
+from hypernodes._digests import BY_VALUE, Listed
 from hypernodes._engine import PipelineExecutionEngine, values_for
 from hypernodes._explanation import Explanation, NodeExplanation, Reason, Status
 from hypernodes._feed import END
@@ -14,7 +15,7 @@ from hypernodes._mapping import listed_rows
 from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan, Program, bind
 from hypernodes._run import Job, Run, Scope
-from hypernodes._trace import BY_VALUE, UNNEEDED, Listed, Trace
+from hypernodes._trace import UNNEEDED, Trace
 from hypernodes.cache._ledger import SHORT, CodeRecord, History
 from hypernodes.events import NotLoaded
 

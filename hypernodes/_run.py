@@ -25,7 +25,7 @@ from hypernodes.events import Emit, format_path
 
 if TYPE_CHECKING:
     from hypernodes._engine import PipelineExecutionEngine
-    from hypernodes._trace import Tracer
+    from hypernodes._recipe import Tracer
 
 T = TypeVar("T")
 
@@ -267,7 +267,7 @@ class Run:
 
         tracer = self._tracers.get(identity(store))
         if tracer is None:
-            from hypernodes._trace import Tracer
+            from hypernodes._recipe import Tracer
             from hypernodes.cache._session import CacheSession
 
             tracer = self._tracers[identity(store)] = Tracer(CacheSession(store, nested=self._nested), self.refresh)

@@ -8,35 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from enum import Enum, auto
+from enum import Enum
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from hypernodes._node import Node
-from hypernodes._plan import EVERYTHING, INHERIT
-from hypernodes._program import BoundCall, BoundPlan, BoundStep, Program
+from hypernodes._digests import BY_VALUE, FAILED, NO_DIGEST, Listed, hashed
+from hypernodes._program import BoundCall, BoundPlan
+from hypernodes._recipe import Recipe, is_inside
 from hypernodes._signature.keys import Digest, listed, part
-from hypernodes._signature.values import hash_value
-from hypernodes.cache._session import CacheSession, Code, Loaded
+from hypernodes.cache._loaded import Loaded
 from hypernodes.errors import UncacheableError
 from hypernodes.events import NotLoaded
 
 if TYPE_CHECKING:
     import anyio
-
-
-class Unhashed(Enum):
-    """In place of the digest of a slot. One that nothing is known of yet has None."""
-
-    BY_VALUE = auto()
-    """Its value is there and has not been hashed."""
-    NO_DIGEST = auto()
-    """Its value has no identity that another process would know."""
-
-
-BY_VALUE, NO_DIGEST = Unhashed.BY_VALUE, Unhashed.NO_DIGEST
-FAILED: Digest = hash_value(None)
-"""The digest of an item of a map that has failed: its position holds None."""
 
 
 class Unneeded(Enum):
@@ -47,153 +32,6 @@ class Unneeded(Enum):
 
 
 UNNEEDED = Unneeded.UNNEEDED
-
-
-class Listed:
-    """The digest of a list that a mapped pipeline has made: those of its items, and the list itself."""
-
-    __slots__ = ("_digest", "_session", "items", "values")
-
-    def __init__(self, items: list[Any], values: list[Any], session: CacheSession | None) -> None:
-        self.items = items
-        self.values = values
-        self._session = session
-        self._digest: Any = None
-
-    @property
-    def digest(self) -> Any:
-        """The digest of the whole list; NO_DIGEST if an item has none. May hash values, so it may block."""
-        if self._digest is None:
-            if BY_VALUE in self.items and len(self.values) != len(self.items):
-                # A function has changed the list meanwhile: what follows depends on what it is now.
-                self._digest = hashed(self.values, self._session)
-                return self._digest
-            for index, digest in enumerate(self.items):
-                if digest is BY_VALUE:
-                    self.items[index] = hashed(self.values[index], self._session)
-            flat = [each.digest if isinstance(each, Listed) else each for each in self.items]
-            self._digest = NO_DIGEST if NO_DIGEST in flat else listed(flat)
-        return self._digest
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Sent, (self.items, self.digest)
-
-
-class _Sent(Listed):
-    """One that has come from another process, where all its items have been hashed."""
-
-    __slots__ = ()
-
-    def __init__(self, items: list[Any], digest: Any) -> None:
-        super().__init__(items, [], None)
-        self._digest = digest
-
-
-def settled(digest: Any, value: Any, session: CacheSession) -> Any:
-    """Return a digest that another process can use: one that says that its value is to be hashed is hashed now."""
-    if digest is BY_VALUE:
-        return hashed(value, session)
-    if isinstance(digest, Listed):
-        digest.digest  # noqa: B018 - hashes its items
-    return digest
-
-
-def hashed(value: Any, session: CacheSession | None) -> Any:
-    """Return the digest of a value, or NO_DIGEST."""
-    assert session is not None
-    try:
-        return session.digest(value)
-    except UncacheableError:
-        return NO_DIGEST
-
-
-class Tracer:
-    """What the traces of one run share that use one cache."""
-
-    __slots__ = ("_recipes", "learned", "refresh", "session")
-
-    def __init__(self, session: CacheSession, refresh: frozenset[str]) -> None:
-        self.session = session
-        self.refresh = refresh
-        """Names of the outputs that this run recomputes."""
-        self.learned: set[Program] = set()
-        """Programs whose functions have been fingerprinted."""
-        self._recipes: dict[tuple[Program, frozenset[str], frozenset[str]], Recipe] = {}
-
-    async def learn(self, program: Program) -> None:
-        """Fingerprint the functions of a program, once in a run."""
-        if program not in self.learned:
-            await self.session.learn(cached_nodes(program, self.session.store))
-            self.learned.add(program)
-
-    def recipe(
-        self, program: Program, given: frozenset[str] = frozenset(), asked: frozenset[str] | None = None
-    ) -> Recipe:
-        """Return what traces of a program need to know, worked out once.
-
-        Args:
-            program: the program.
-            given: names of the inputs that are being recomputed, so that what depends on them is recomputed too.
-            asked: names of the outputs that are to be recomputed, at any depth.
-        """
-        key = program, given, self.refresh if asked is None else asked
-        recipe = self._recipes.get(key)
-        if recipe is None:
-            recipe = self._recipes[key] = Recipe(self, *key)
-        return recipe
-
-
-class Recipe:
-    """What traces need to know of one program's calls in one run."""
-
-    __slots__ = ("asked", "codes", "dirty", "given", "producers", "program", "refresh", "slots", "template", "tracer")
-
-    def __init__(self, tracer: Tracer, program: Program, given: frozenset[str], asked: frozenset[str]) -> None:
-        self.tracer = tracer
-        self.program = program
-        self.given = given
-        self.asked = asked
-        self.codes: list[Code | None] = []
-        self.slots: list[tuple[int, ...]] = []
-        """For each call, the slots of its arguments, by the sorted names of its parameters."""
-        self.producers = {target: position for position, step in enumerate(program.steps) for target in step.targets}
-        self.template: list[Any] = [
-            None if slot in self.producers else BY_VALUE for slot in range(len(program.template))
-        ]
-        """Digests before a run: constants and defaults, hashed when first needed, once for all items of a map."""
-        self.dirty = {slot for name, slot in program.slots.items() if name in given}
-        """Slots of what is being recomputed."""
-        self.refresh: list[bool] = []
-        """For each step, whether it is to run although there is an entry."""
-        for step in program.steps:
-            code = tracer.session.code(step.node) if isinstance(step, BoundCall) and step.node.cache else None
-            by_name = dict(step.parameters)
-            self.codes.append(code)
-            self.slots.append(tuple(by_name[name] for name in code.names) if code else ())
-            self.refresh.append(self._refreshed(step))
-
-    def _refreshed(self, step: BoundStep) -> bool:
-        """Say whether a step is to run although there is an entry; note what it makes as being recomputed."""
-        if isinstance(step, BoundPlan):
-            inner = self.inside(step)
-            made = zip(step.targets, step.program.outputs, strict=True)
-            dirty = {target for target, (_, slot) in made if slot in inner.dirty}
-        else:
-            wanted = not self.asked.isdisjoint(step.node.outputs) or EVERYTHING in self.asked
-            dirty = set(step.targets) if wanted or any(slot in self.dirty for _, slot in step.parameters) else set()
-        self.dirty |= dirty
-        return bool(dirty)
-
-    def inside(self, step: BoundPlan, tracer: Tracer | None = None) -> Recipe:
-        """Return the recipe of a nested pipeline, which may have another cache."""
-        slots = dict(step.shared)
-        if step.inner_map is not None and step.step.map is not None:
-            outside = dict(step.parameters)
-            names = zip(step.inner_map.over, step.step.map.over, strict=True)
-            slots |= {inner: outside[outer] for inner, outer in names}
-        given = frozenset(name for name, slot in slots.items() if slot in self.dirty)
-        asked = {inner for inner, outer in zip(step.wanted, step.names, strict=True) if outer in self.asked}
-        return (tracer or self.tracer).recipe(step.program, given, self.asked | asked)
 
 
 _NOTHING_REPEATED: dict[int, dict[int, tuple[Any, Any]]] = {}
@@ -507,20 +345,3 @@ def _replaced(value: Any, digest: Any, loaded: Loaded) -> Any:
         for index, (item, inner) in enumerate(zip(value, digest.items, strict=False)):
             value[index] = _replaced(item, inner, loaded)
     return value
-
-
-def is_inside(step: BoundPlan, session: CacheSession) -> bool:
-    """Say whether a nested pipeline is part of the same run of the same cache, once and not mapped."""
-    settings = step.program.plan.settings
-    same_cache = settings.cache is INHERIT or (settings.cache is not None and settings.cache == session.store)
-    return step.inner_map is None and same_cache and settings.backend is INHERIT
-
-
-def cached_nodes(program: Program, store: Any) -> Iterator[Node[..., Any]]:
-    """Iterate over the nodes of a program, nested ones too, whose results a store may keep."""
-    for step in program.steps:
-        if isinstance(step, BoundCall):
-            if step.node.cache:
-                yield step.node
-        elif (cache := step.program.plan.settings.cache) is INHERIT or cache == store:
-            yield from cached_nodes(step.program, store)

@@ -12,12 +12,13 @@ from time import time as unix_time
 from typing import Any
 
 from hypernodes import events as ev
+from hypernodes._digests import FAILED, Listed
 from hypernodes._plan import INHERIT
 from hypernodes._program import BoundCall, BoundPlan
 from hypernodes._run import Scope
 from hypernodes._signature.keys import DIGEST_SIZE
 from hypernodes._threads import default_threads, in_thread
-from hypernodes._trace import FAILED, Listed, Trace
+from hypernodes._trace import Trace
 from hypernodes.events import NotLoaded
 
 

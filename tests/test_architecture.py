@@ -28,6 +28,8 @@ ROOMS = [
     ["_callbacks"],
     ["_context", "_crew", "_feed", "_stream", "_threads", "_traceback"],
     ["cache"],
+    ["_digests"],
+    ["_recipe"],
     ["_trace"],
     ["_run"],
     ["_kept"],

@@ -13,9 +13,10 @@ import pytest
 from hypernodes import Pipeline, node
 from hypernodes.cache import _buffer, _ledger, _session
 from hypernodes.cache._buffer import buffer_of, identity
+from hypernodes.cache._code import _place
 from hypernodes.cache._envelope import seal
 from hypernodes.cache._ledger import History, Ledger
-from hypernodes.cache._session import CacheSession, _place
+from hypernodes.cache._session import CacheSession
 from tests._caching import until, waiting
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]

@@ -21,7 +21,8 @@ from hypernodes._plan import INHERIT, Inherit
 from hypernodes._version import __version__
 from hypernodes.backend._base import Backend
 from hypernodes.backend._wire import Parts, loads
-from hypernodes.cache._disk import KEY_VARIABLE, DiskCache
+from hypernodes.cache._disk import DiskCache
+from hypernodes.cache._envelope import KEY_VARIABLE
 from hypernodes.errors import CacheError, RemoteExecutionError, SerializationError
 
 if TYPE_CHECKING:

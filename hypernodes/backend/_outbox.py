@@ -15,8 +15,8 @@ from typing import Any
 import anyio
 
 from hypernodes import events as ev
+from hypernodes._digests import settled
 from hypernodes._mapping import ItemFailure
-from hypernodes._trace import settled
 from hypernodes.backend._chunks import DONE
 from hypernodes.backend._wire import COUNT, LENGTH, Parts, dump_error, dumps, frame, packed, with_error
 from hypernodes.cache._session import CacheSession

@@ -36,8 +36,9 @@ from hypernodes._map_run import MapRun
 from hypernodes._mapping import MapSpec, Path, Rows
 from hypernodes._plan import ExecutionPlan
 from hypernodes._program import Places, bind
+from hypernodes._recipe import cached_nodes
 from hypernodes._run import Bound, BoundKey, MapWork, Origin, Run, Scope
-from hypernodes._trace import Trace, cached_nodes
+from hypernodes._trace import Trace
 from hypernodes.backend._chunks import STARTED
 from hypernodes.backend._outbox import Channel, Outbox, RemoteBound, sendable
 from hypernodes.backend._process import BOARD_SIZE, LAST_S

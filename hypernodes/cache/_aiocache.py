@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hypernodes._crew import Crew
 from hypernodes._threads import current_async_library
 from hypernodes.cache._connections import Connections, kind_of
-from hypernodes.cache._disk import KEY_VARIABLE, _checked_key
+from hypernodes.cache._envelope import KEY_VARIABLE, checked_key
 from hypernodes.cache._store import Store, joined
 from hypernodes.errors import CacheError, DefinitionError
 
@@ -67,7 +67,7 @@ class AiocacheStore:
         self._kind = kind_of(cache)
         self.key: bytes | None = None
         if not unsigned and (key is not None or self._kind.shared):
-            self.key = _checked_key(key)
+            self.key = checked_key(key)
         if self._kind.shared and self.key is None and not unsigned:
             raise CacheError(
                 f"others may write where {type(cache).__name__} keeps results, and loading a result runs code: give "

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypernodes._threads import default_threads, in_thread
+from hypernodes.cache._envelope import checked_key
 from hypernodes.cache._files import EntryFiles
 from hypernodes.cache._index import LARGEST_MERGED, MERGE_AT, PackIndex
 from hypernodes.cache._packs import LARGEST_ENTRY
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-KEY_VARIABLE = "HYPERNODES_CACHE_KEY"
 PRUNED_EVERY_S = 86400.0
 _ATTEMPTS = 5
 _TIDIED_EVERY_S = 3600.0
@@ -82,7 +82,7 @@ class DiskCache:
         allow_shared_directory: bool = False,
     ) -> None:
         self.path: str = os.path.abspath(os.path.expanduser(os.fspath(path)))
-        self.key: bytes | None = _checked_key(key)
+        self.key: bytes | None = checked_key(key)
         self.max_size: int | None = None if max_size is None else _bytes(max_size)
         self.allow_shared_directory: bool = allow_shared_directory
         self._start()
@@ -293,16 +293,6 @@ def _restored(
 async def _in_thread(call: Callable[[], _T]) -> _T:
     result: _T = (await in_thread(call, default_threads()))[0]
     return result
-
-
-def _checked_key(key: bytes | str | None) -> bytes | None:
-    if key is None:
-        return os.environb.get(KEY_VARIABLE.encode()) or None
-    if isinstance(key, str):
-        key = key.encode()
-    if not isinstance(key, bytes) or not key:
-        raise CacheError(f"key= must be bytes or text, and not empty; got {type(key).__name__}")
-    return key
 
 
 def _bytes(max_size: int | str) -> int:

@@ -7,16 +7,20 @@ and all that stands before itself; nothing of a payload is given out before it h
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 from hypernodes.cache._store import size
+from hypernodes.errors import CacheError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+KEY_VARIABLE = "HYPERNODES_CACHE_KEY"
+"""In the environment, the key of caches that are given none."""
 MAGIC = b"hnc\x1a"
 VERSION = 1
 SIGNED = 1
@@ -50,6 +54,21 @@ class Refused(Exception):  # noqa: N818 - it is an answer: the entry is a miss
         super().__init__(reason)
         self.reason = reason
         self.damaged = damaged
+
+
+def checked_key(key: bytes | str | None) -> bytes | None:
+    """Return the key that a cache signs with: the one given, else that of the environment; None for none.
+
+    Raises:
+        CacheError: it is empty, or neither bytes nor text.
+    """
+    if key is None:
+        return os.environb.get(KEY_VARIABLE.encode()) or None
+    if isinstance(key, str):
+        key = key.encode()
+    if not isinstance(key, bytes) or not key:
+        raise CacheError(f"key= must be bytes or text, and not empty; got {type(key).__name__}")
+    return key
 
 
 def seal(key: str, codec: int, meta: bytes, payload: Sequence[Buffer], secret: bytes | None) -> list[Buffer]:

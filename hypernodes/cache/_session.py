@@ -8,7 +8,6 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from typing import Any
@@ -17,17 +16,17 @@ import anyio
 
 from hypernodes._cost import CHEAP_S, Cost
 from hypernodes._node import Node
-from hypernodes._signature.code import Fingerprint, fingerprint, hash_code
-from hypernodes._signature.dependencies import hash_dependencies
-from hypernodes._signature.keys import call_prefix
+from hypernodes._signature.code import hash_code
 from hypernodes._signature.values import hash_value
 from hypernodes._threads import default_threads, in_thread
 from hypernodes.cache._buffer import buffer_of, identity
-from hypernodes.cache._codec import decode, encode
+from hypernodes.cache._code import Code, read_code
+from hypernodes.cache._codec import encode
 from hypernodes.cache._envelope import Refused, seal, unseal
 from hypernodes.cache._flight import Flights
 from hypernodes.cache._guard import guard_of
-from hypernodes.cache._ledger import SHORT, History, Ledger, history_name, read_histories, write_histories
+from hypernodes.cache._ledger import History, Ledger, read_histories, write_histories
+from hypernodes.cache._loaded import Loaded
 from hypernodes.cache._store import size as bytes_in
 from hypernodes.errors import UncacheableError
 
@@ -46,82 +45,6 @@ _CHECKED_AT_ONCE = 500
 _said: weakref.WeakKeyDictionary[Node[..., Any], set[str]] = weakref.WeakKeyDictionary()
 """What has been said of nodes in this process: a service runs the same ones again and again."""
 _FLIGHTS = Flights()
-
-
-class Clock:
-    """What the calls of one function take: of those that overlap each has its share, so that the sum is right."""
-
-    __slots__ = ("_ended",)
-
-    def __init__(self) -> None:
-        self._ended = 0.0
-
-    def share(self, began: float) -> float:
-        """Return the seconds of a call that began at a time of :func:`time.perf_counter` and ends now."""
-        now = time.perf_counter()
-        seconds = now - max(began, self._ended)
-        self._ended = now
-        return seconds
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Code:
-    """What is known of a node's function in one run: the part of its signatures that no input changes."""
-
-    node: Node[..., Any]
-    prefix: bytes
-    names: tuple[str, ...]
-    """Its parameters in the order in which their digests count."""
-    fingerprint: Fingerprint
-    parts: dict[str, str]
-    """Short digests of the parts of its code, of ``version`` and of ``depends_on``, by what to call them."""
-    history: str
-    """The name of the node's history in a store."""
-    saving: Cost
-    """Whether its results are pickled on the loop or in a thread."""
-    clock: Clock
-    """What its calls take."""
-    about: bytes
-    """The part of its entries' meta blocks that is the same in all of them."""
-
-
-class Loaded:
-    """What entries hold, by their keys. Who takes one gets a value of its own, as if it had been computed for it."""
-
-    __slots__ = ("_sealed", "_secret", "_taken", "_values", "refused")
-
-    def __init__(self, sealed: Mapping[str, Any], secret: bytes | None) -> None:
-        """Unpickle entries; may block."""
-        self._sealed = sealed
-        self._secret = secret
-        self._values: dict[str, Any] = {}
-        """Those that nobody has taken whole."""
-        self._taken: set[tuple[str, int]] = set()
-        self.refused: dict[str, str] = {}
-        """Why entries cannot be used."""
-        for key, data in sealed.items():
-            try:
-                codec, payload = unseal(key, data, secret)
-                self._values[key] = decode(codec, payload)
-            except Refused as error:
-                self.refused[key] = str(error)
-            except Exception as error:  # noqa: BLE001 - unpickling runs the user's code
-                self.refused[key] = f"it cannot be rebuilt: {type(error).__name__}: {error}"
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._sealed and key not in self.refused
-
-    def take(self, key: str, position: int | None) -> Any:
-        """Return an entry's value, or one of several that it holds; to be called before any of them is used."""
-        if key not in self._values or (key, position) in self._taken:
-            codec, payload = unseal(key, self._sealed[key], self._secret)
-            whole = decode(codec, memoryview(bytes(payload)))  # arrays would share the memory of the payload
-        elif position is None:
-            whole = self._values.pop(key)
-        else:
-            self._taken.add((key, position))
-            whole = self._values[key]
-        return whole if position is None else whole[position]
 
 
 class CacheSession:
@@ -166,20 +89,11 @@ class CacheSession:
 
     def _code(self, node: Node[..., Any]) -> Code | None:
         try:
-            print_ = fingerprint(node.func)
-            salts = {} if node.version is None else {"version": hash_value(node.version)}
-            salts |= hash_dependencies(node.depends_on)
+            return read_code(node)
         except Exception as error:  # noqa: BLE001 - reading code and values runs the user's code
             self._reasons[node] = str(error)
             self.warn(node, f"node {node.name!r} is not cached: {error}")
             return None
-        names = tuple(sorted(node.parameters))
-        parts = {name: digest[:SHORT].hex() for name, digest in {**print_.parts, **salts}.items()}
-        several = len(node.outputs) if isinstance(node.output_name, tuple) else 0
-        prefix = call_prefix(print_.digest, names, salts, outputs=several)
-        history = history_name(_place(node.func), node.outputs)
-        about = b'{"node": %s, "at": ' % json.dumps(node.name).encode()
-        return Code(node, prefix, names, print_, parts, history, Cost(), Clock(), about)
 
     # ---- entries
 
@@ -458,11 +372,3 @@ def _is_small(value: Any) -> bool:
     """Say whether a value is surely pickled in no time; of others that has to be measured."""
     kind = type(value)
     return kind in _NUMBERS or (kind in (str, bytes) and len(value) < SMALL)
-
-
-def _place(func: Any) -> str:
-    """Return where a function was written: its module and qualified name."""
-    while isinstance(func, (partial, Node)):
-        func = func.func
-    kind = func if isinstance(getattr(func, "__qualname__", None), str) else type(func)
-    return f"{kind.__module__}.{kind.__qualname__}"
