@@ -25,7 +25,7 @@ from hypernodes import (
 )
 from hypernodes.backend import RemoteBackend
 from hypernodes.backend._entry import Shared, run_payload
-from hypernodes.backend._message import unpacked
+from hypernodes.backend._message import packed, unpacked, unpacked_reply
 from hypernodes.backend._remote import Line
 
 pytestmark = pytest.mark.anyio
@@ -76,7 +76,7 @@ class PlaceLine(Line):
             if place.posting and self._receive is not None:
 
                 async def post(batch):
-                    self._receive(batch)
+                    await self._receive(batch)
 
             return await run_payload(payload, post, shared)
         finally:
@@ -458,6 +458,80 @@ async def test_a_map_is_told_as_one(anyio_backend, posting):
     assert [kind for kind, _ in watching.told].count("start") == 1
     assert sorted(index for kind, index in watching.told if kind == "item") == list(range(50))
     assert len([1 for kind, _ in watching.told if kind == "double"]) == 50
+
+
+@pytest.mark.parametrize("kind", [WorkerCrashedError, RemoteTimeoutError])
+async def test_what_a_dead_chunk_has_told_is_told_once(anyio_backend, kind):
+    """Its items run again, and those that had come to their end before it died are not counted twice."""
+    watching, died = Watching(), []
+
+    class DyingLine(PlaceLine):
+        async def call(self, payload, shared=None):
+            reply = await super().call(payload, shared)
+            if len(died) < 2:
+                died.append(kind("after all that it had to say"))
+                events = unpacked_reply(reply)[2]
+                call = unpacked(payload)[1]["call"]
+                half = [event for event in events if event.path[1] % 2]
+                await self._receive(packed("events", half, call))
+                raise died[-1]
+            return reply
+
+    class Dying(Place):
+        async def connected(self, label, receive, work):
+            return await work(DyingLine(self, receive))
+
+    pipeline = Pipeline([double], name="p", backend=Dying(width=2, chunk_size=8), callbacks=[watching])
+    assert (await pipeline.amap({"x": range(40)}, "x"))["doubled"] == [2 * x for x in range(40)]
+    assert len(died) == 2
+    assert sorted(index for what, index in watching.told if what == "item") == list(range(40))
+    assert len([1 for what, _ in watching.told if what == "double"]) == 40
+
+
+async def test_a_listener_for_nodes_alone_is_told_once_too(anyio_backend):
+    """Items' ends are sent for that, and told to nobody who did not ask for them."""
+    seen = []
+
+    class Nodes(PipelineCallback):
+        def on_node_end(self, node_id, outputs, duration, ctx):
+            seen.append(outputs["doubled"])
+
+    await Pipeline([double], backend=Place(chunk_size=3), callbacks=[Nodes()]).amap({"x": range(10)}, "x")
+    assert sorted(seen) == [2 * x for x in range(10)]
+
+
+class OnlyThere:
+    """Can be sent, and not be rebuilt on this machine."""
+
+    def __reduce__(self):
+        return __import__, ("a_package_of_the_image_alone",)
+
+
+@node("inner")
+def only_there(x):
+    return OnlyThere()
+
+
+@node("y")
+def of_it(x, inner):
+    return x + isinstance(inner, OnlyThere)
+
+
+@pytest.mark.parametrize("posting", [False, True])
+async def test_events_about_what_this_machine_lacks(anyio_backend, posting, caplog):
+    """They are not told, which is logged; the run goes on."""
+    pipeline = Pipeline([only_there, of_it], backend=Place(chunk_size=3, posting=posting), callbacks=[Watching()])
+    made = await pipeline.amap({"x": range(10)}, "x", output_name="y")
+    assert made["y"] == list(range(1, 11))
+    assert "cannot be told here" in caplog.text
+    assert "a_package_of_the_image_alone" in caplog.text
+
+
+async def test_results_that_this_machine_lacks_a_package_for(anyio_backend):
+    """One error of ours says which package, and what else may be asked for."""
+    pipeline = Pipeline([only_there], backend=Place(chunk_size=3))
+    with pytest.raises(RemoteExecutionError, match="'a_package_of_the_image_alone': install it here too, or ask for"):
+        await pipeline.amap({"x": range(10)}, "x")
 
 
 async def test_events_that_cannot_be_sent_come_with_the_reply(anyio_backend, monkeypatch):

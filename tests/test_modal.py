@@ -506,13 +506,13 @@ class TestSeam:
         payload = packed("job", object).replace(
             f'"python": "{sys.version_info.major}.{sys.version_info.minor}"'.encode(), b'"python": "3.99"'
         )
-        kind, error, _ = unpacked(await run_payload(payload))
+        kind, error = unpacked(await run_payload(payload))
         assert kind == "raised"
         assert "3.99" in error[1]
 
     async def test_something_else_is_refused(self, anyio_backend):
         """What is no message of ours is not unpickled."""
-        kind, error, _ = unpacked(await run_payload(b"cos\nsystem\n(S'true'\ntR."))
+        kind, error = unpacked(await run_payload(b"cos\nsystem\n(S'true'\ntR."))
         assert kind == "raised"
         assert "not a message" in error[1]
 
@@ -542,7 +542,7 @@ class TestSeam:
                 async def post(batch):
                     sending.set()
                     await anyio.sleep(0.1)
-                    self.receive(batch)
+                    await self.receive(batch)
 
                 return await run_payload(payload, post)
 

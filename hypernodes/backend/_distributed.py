@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from hypernodes._plan import ExecutionPlan, PlanStep, tokens_of
 from hypernodes._run import Job, Run, Sink
 from hypernodes.backend._chunking import Chunk, Chunks
 from hypernodes.backend._remote import Line, RemoteBackend, Taker, opened, packed_job, packed_rows
+from hypernodes.backend._replay import Replay
 from hypernodes.backend._wire import load_error
 from hypernodes.errors import RemoteTimeoutError, SerializationError, WorkerCrashedError
 from hypernodes.events import Emit, format_path
@@ -29,13 +31,16 @@ class DistributedMap:
     smallest limit has tokens.
     """
 
-    def __init__(self, place: RemoteBackend, line: Line, job: Job, sink: Sink, emit: Emit | None) -> None:
+    def __init__(
+        self, place: RemoteBackend, line: Line, job: Job, sink: Sink, emit: Emit | None, replay: Replay
+    ) -> None:
         assert job.map is not None
         assert job.feed is not None
         self._place = place
         self._line = line
         self._job = job
-        self._emit = emit
+        self._replay = replay
+        self._calls = itertools.count()
         self._run = job.run or Run(job.run_id, emit)
         self._taker = Taker(self._run, job, sink)
         bounds = [*_bounds(job.plan), *(tokens_of(bound) for bound in (job.limits or {}).values())]
@@ -61,8 +66,7 @@ class DistributedMap:
         most = job.map.max_concurrency
         spec = replace(job.map, max_failures=None, max_concurrency=None if most is None else max(1, most // lanes))
         limits = {name: max(1, tokens_of(bound) // lanes) for name, bound in (job.limits or {}).items()}
-        kinds = self._emit.kinds if self._emit is not None else frozenset()
-        shared = await packed_job(job, self._place, kinds, spec=spec, parts=lanes, limits=limits)
+        shared = await packed_job(job, self._place, self._replay.kinds, spec=spec, parts=lanes, limits=limits)
         self._shared = await self._line.share(shared)
         await Crew.run(self._manage)
 
@@ -74,20 +78,23 @@ class DistributedMap:
     async def _lane(self, crew: Crew) -> None:
         """Send one chunk after another, until there is nothing left to do."""
         while (chunk := await self._chunks.next()) is not None:
+            call = next(self._calls)
+            self._replay.begin(call)
             try:
-                payload = await packed_rows(self._job, chunk.first, chunk.rows, self._place)
+                payload = await packed_rows(self._job, chunk.first, chunk.rows, self._place, call)
                 reply = await self._line.call(payload, self._shared)
-            except SerializationError as error:
-                self._divided(chunk, error)
-            except WorkerCrashedError as error:
-                self._died(chunk, error)
-            except RemoteTimeoutError as error:
-                self._divided(chunk, error)
+            except (SerializationError, RemoteTimeoutError, WorkerCrashedError) as error:
+                self._replay.died(call)
+                if isinstance(error, WorkerCrashedError):
+                    self._died(chunk, error)
+                else:
+                    self._divided(chunk, error)
             else:
-                await self._finished(chunk, len(payload), reply)
+                await self._finished(chunk, call, len(payload), reply)
 
-    async def _finished(self, chunk: Chunk, sent: int, reply: bytes) -> None:
-        kind, answer = await opened(reply, self._emit)
+    async def _finished(self, chunk: Chunk, call: int, sent: int, reply: bytes) -> None:
+        kind, answer = await opened(reply, self._replay, call)
+        self._replay.done(call, chunk.first, len(chunk.rows))
         if kind == "raised":
             raise load_error(answer, self._run.blame)
         if kind == "unreadable":

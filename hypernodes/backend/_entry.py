@@ -74,25 +74,25 @@ async def run_payload(payload: bytes, post: Post | None = None, shared: Shared |
     try:
         described = await _described(payload, shared)
     except _UnreadableRows as error:
-        return packed("unreadable", dump_error(_unreadable(error.reason), None), [])
+        return packed("unreadable", dump_error(_unreadable(error.reason), None), events=[])
     except (RemoteExecutionError, CacheError) as error:
-        return packed("raised", dump_error(error, None), [])
+        return packed("raised", dump_error(error, None), events=[])
     except Exception as error:  # noqa: BLE001 - unpickling runs the user's code
-        return packed("raised", dump_error(_unreadable(error), None), [])
-    outbox = Outbox(described["kinds"], post)
+        return packed("raised", dump_error(_unreadable(error), None), events=[])
+    outbox = Outbox(described["kinds"], post, described.get("call"))
     run = PartRun(described, outbox if outbox.kinds else None)
     try:
         answer = await outbox.while_posting(lambda: _run(described, run))
     except Exception as error:  # noqa: BLE001 - it is raised where the caller waits
-        return packed("raised", dump_error(error, run.forgive(error, described["path"])), outbox.take())
+        return packed("raised", dump_error(error, run.forgive(error, described["path"])), events=outbox.take())
     if isinstance(answer, ItemsReply):
         return _packed_items(answer, described, outbox)
     bare: str | None = described.get("bare")
     try:
-        return packed("returned", answer, outbox.take())
+        return packed("returned", answer, events=outbox.take())
     except Exception as error:  # noqa: BLE001 - pickling runs the user's code
         named = {f"output {name!r}": value for name, value in answer.items()} if bare is None else {bare: answer}
-        return packed("raised", dump_error(_unsendable(named, error), None), outbox.take())
+        return packed("raised", dump_error(_unsendable(named, error), None), events=outbox.take())
 
 
 async def _described(payload: bytes, shared: Shared | None) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _packed_items(answer: ItemsReply, described: Mapping[str, Any], outbox: Outb
     """Return the reply of a map; an item whose outputs cannot be sent fails, and the others do not."""
     events = outbox.take()
     try:
-        return packed("returned", answer, events)
+        return packed("returned", answer, events=events)
     except Exception:  # noqa: BLE001 - pickling runs the user's code; find out which item it was
         first, names = described.get("first") or 0, answer.names
         for position, outputs in enumerate(zip(*answer.lists, strict=True)):
@@ -197,11 +197,11 @@ def _packed_items(answer: ItemsReply, described: Mapping[str, Any], outbox: Outb
                 continue
             raised = dump_error(error, (*described["path"], index))
             if described["map"].on_error == "raise":
-                return packed("raised", raised, events)
+                return packed("raised", raised, events=events)
             answer.failures.append((index, raised))
             for column in answer.lists:
                 column[position] = None
-        return packed("returned", answer, events)
+        return packed("returned", answer, events=events)
 
 
 def _item_error(index: int, names: Sequence[str], outputs: Sequence[Any]) -> SerializationError | None:
@@ -216,10 +216,11 @@ def _item_error(index: int, names: Sequence[str], outputs: Sequence[Any]) -> Ser
 class Outbox(Emitter):
     """Events on their way to the caller: posted in batches while the job runs, or kept for the reply."""
 
-    __slots__ = ("_events", "_post")
+    __slots__ = ("_call", "_events", "_post")
 
-    def __init__(self, kinds: frozenset[type], post: Post | None) -> None:
+    def __init__(self, kinds: frozenset[type], post: Post | None, call: int | None = None) -> None:
         super().__init__(self._keep, kinds)
+        self._call = call
         self._events: list[Event] = []
         self._post = post
 
@@ -257,7 +258,7 @@ class Outbox(Emitter):
                 try:
                     # They would be lost if the job ended meanwhile.
                     with anyio.CancelScope(shield=True):
-                        await self._post(packed("events", events))
+                        await self._post(packed("events", events, self._call))
                 except Exception:  # noqa: BLE001 - whatever keeps them from being sent now, they come with the reply
                     self._events[:0] = events
                     return

@@ -11,7 +11,7 @@ from hypernodes._bridge import run_sync
 from hypernodes._mapping import ItemFailure, MapResult
 from hypernodes._threads import default_threads, in_thread
 from hypernodes.backend._entry import ItemsReply
-from hypernodes.backend._message import unpacked
+from hypernodes.backend._message import unpacked_reply
 from hypernodes.backend._wire import load_error
 from hypernodes.errors import DefinitionError, ExecutionError
 
@@ -77,7 +77,7 @@ class RunHandle:
         if self._reply is None:
             self._reply = await self._call.reply(timeout)
         reply = self._reply
-        (kind, answer, _), _ = await in_thread(lambda: unpacked(reply), default_threads())
+        (kind, answer, _), _ = await in_thread(lambda: unpacked_reply(reply), default_threads())
         if kind == "raised":
             raise load_error(answer)
         return _map_result(answer) if isinstance(answer, ItemsReply) else answer

@@ -6,11 +6,12 @@ The header is checked before anything is unpickled, since a pickle of one Python
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,14 @@ from hypernodes.backend._wire import Parts, loads
 from hypernodes.cache._disk import DiskCache
 from hypernodes.cache._envelope import KEY_VARIABLE
 from hypernodes.errors import CacheError, RemoteExecutionError, SerializationError
+from hypernodes.events import Event
 
 if TYPE_CHECKING:
     from hypernodes.backend._remote import RemoteBackend
 
 MAGIC = b"hypernodes"
 FORMAT = 2
+_log = logging.getLogger("hypernodes")
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<Q")
 _NAMED = (type, FunctionType, BuiltinFunctionType, ModuleType)
@@ -112,8 +115,16 @@ def _cache_there(
     return restore(kind, path, key if signed else None, *rest)
 
 
-def packed(kind: str, *message: Any, place: RemoteBackend | None = None) -> bytes:
+def packed(
+    kind: str, *message: Any, place: RemoteBackend | None = None, events: Sequence[Event] | None = None
+) -> bytes:
     """Return a message as bytes: a plain header, then its pickle with large arrays beside it.
+
+    Args:
+        kind: its first part.
+        message: the others.
+        place: the backend that it goes to.
+        events: of a reply: what has not been told yet. They can be read when the rest cannot, and the other way round.
 
     Raises:
         RemoteExecutionError: the place lacks a module of this project that the message needs.
@@ -122,6 +133,8 @@ def packed(kind: str, *message: Any, place: RemoteBackend | None = None) -> byte
     file = BytesIO()
     pickler = Pickler(file, buffers, place)
     pickler.dump((kind, *message))
+    if events is not None:
+        pickler.dump(events)  # by the same pickler: what both hold is sent once
     if place is not None:
         place.require(pickler.modules)
     parts: list[Any] = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
@@ -137,6 +150,38 @@ def unpacked(data: bytes) -> Any:
         RemoteExecutionError: it was written by another Python or version, or by something else.
         Exception: whatever unpickling runs into.
     """
+    return loads(_parts(data))
+
+
+def unpacked_reply(data: bytes) -> tuple[str, Any, list[Event]]:
+    """Return the kind of a reply, its answer, and the events that came with it.
+
+    Raises:
+        RemoteExecutionError: it cannot be rebuilt here.
+    """
+    pickled, *buffers = _parts(data)
+    unpickler = pickle.Unpickler(BytesIO(pickled), buffers=buffers)
+    try:
+        kind, answer = unpickler.load()
+    except Exception as error:  # unpickling runs the user's code
+        reason = (
+            f"there is no module {error.name!r}: install it here too"
+            if isinstance(error, ModuleNotFoundError)
+            else f"{type(error).__name__}: {error}"
+        )
+        raise RemoteExecutionError(
+            f"what the other machine sent back cannot be rebuilt here: {reason}, or ask for other outputs with "
+            f"output_name=..."
+        ) from error
+    try:
+        return kind, answer, unpickler.load()
+    except Exception as error:  # noqa: BLE001 - nobody loses a result over what callbacks would have been told
+        _log.warning("some events of a run on another machine cannot be told here: %s", error)
+        return kind, answer, []
+
+
+def _parts(data: bytes) -> Parts:
+    """Return the pickle of a message and its buffers, when the header says that it may be unpickled."""
     view = memoryview(data)
     if bytes(view[: len(MAGIC)]) != MAGIC:
         raise RemoteExecutionError("what came from the other machine is not a message of hypernodes")
@@ -154,7 +199,7 @@ def unpacked(data: bytes) -> Any:
         # Arrays write into their buffers, as they could where they were made.
         parts.append(view[position : position + length] if not parts else bytearray(view[position : position + length]))
         position += length
-    return loads(parts)
+    return parts
 
 
 def _check(header: Mapping[str, Any]) -> None:

@@ -22,7 +22,8 @@ from hypernodes._run import Mode
 from hypernodes._threads import current_async_library
 from hypernodes.backend._entry import Shared, run_payload
 from hypernodes.backend._handle import RemoteCall
-from hypernodes.backend._remote import Line, Placing, Receive, RemoteBackend
+from hypernodes.backend._remote import Line, Placing, RemoteBackend
+from hypernodes.backend._replay import Receive
 from hypernodes.backend._site import Site, site_of
 from hypernodes.backend._sizes import mebibytes
 from hypernodes.errors import (
@@ -356,7 +357,7 @@ async def _draining(queue: Any, receive: Receive, work: Callable[[], Awaitable[T
     async def drain(crew: Crew) -> None:
         while True:
             for piece in await queue.get_many.aio(100, timeout=_DRAIN_S):
-                joined.take(*piece)
+                await joined.take(*piece)
 
     async def both(crew: Crew) -> None:
         crew.start(drain)
@@ -367,7 +368,7 @@ async def _draining(queue: Any, receive: Receive, work: Callable[[], Awaitable[T
     # What was sent last may have come in after the reply.
     while pieces := await queue.get_many.aio(1_000, block=False):
         for piece in pieces:
-            joined.take(*piece)
+            await joined.take(*piece)
     return made[0]
 
 
@@ -385,12 +386,12 @@ class _Joined:
         self._receive = receive
         self._parts: dict[str, list[bytes]] = {}
 
-    def take(self, name: str, number: int, count: int, piece: bytes) -> None:
+    async def take(self, name: str, number: int, count: int, piece: bytes) -> None:
         """Take a piece; hand a batch over that is whole."""
         parts = self._parts.setdefault(name, [])
         parts.append(piece)
         if number + 1 == count:
-            self._receive(b"".join(self._parts.pop(name)))
+            await self._receive(b"".join(self._parts.pop(name)))
 
 
 async def run_job(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -21,9 +20,10 @@ from hypernodes._threads import default_threads, in_thread
 from hypernodes.backend._base import Backend
 from hypernodes.backend._entry import ItemsReply
 from hypernodes.backend._handle import RunHandle
-from hypernodes.backend._message import packed, unpacked
+from hypernodes.backend._message import packed, unpacked_reply
+from hypernodes.backend._replay import Receive, Replay
 from hypernodes.backend._site import Site, is_local
-from hypernodes.backend._wire import find_unpicklable, load_error, with_error
+from hypernodes.backend._wire import find_unpicklable, load_error
 from hypernodes.errors import DefinitionError, RemoteExecutionError, SerializationError
 from hypernodes.events import Emit
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from hypernodes._pipeline import Pipeline
     from hypernodes.backend._preflight import Preflight
 
-Receive = Callable[[bytes], None]
-"""Takes a batch of events that was sent while a job runs."""
 Placing = Literal["single", "distributed"]
 T = TypeVar("T")
 
@@ -186,11 +184,10 @@ class RemoteBackend(Backend):
         return run_sync(lambda: self.acheck(pipeline, inputs, map_over))
 
     async def _answer(self, job: Job, emit: Emit | None, rows: list[tuple[Any, ...]] | None = None) -> Any:
-        kinds = emit.kinds if emit is not None else frozenset()
-        payload = await packed_job(job, self, kinds, rows)
-        receive = partial(_replay, emit) if emit is not None and kinds else None
-        reply = await self.connected(job.plan.label, receive, lambda line: line.call(payload))
-        kind, answer = await opened(reply, emit)
+        replay = Replay(emit)
+        payload = await packed_job(job, self, replay.kinds, rows)
+        reply = await self.connected(job.plan.label, replay.receive, lambda line: line.call(payload))
+        kind, answer = await opened(reply, replay)
         if kind == "raised":
             raise load_error(answer, None if job.run is None else job.run.blame)
         return answer
@@ -198,15 +195,14 @@ class RemoteBackend(Backend):
     async def _distributed(self, job: Job, sink: Sink, emit: Emit | None) -> None:
         from hypernodes.backend._distributed import DistributedMap
 
-        kinds = emit.kinds if emit is not None else frozenset()
-        receive = partial(_replay, emit) if emit is not None and kinds else None
+        replay = Replay(emit, job.path)
 
         async def chunks(line: Line) -> None:
-            await DistributedMap(self, line, job, sink, emit).run()
+            await DistributedMap(self, line, job, sink, emit, replay).run()
 
         async def items() -> None:
             if job.total != 0:
-                await self.connected(job.plan.label, receive, chunks)
+                await self.connected(job.plan.label, replay.receive, chunks)
 
         await told_map(emit, job.run_id, job.path, job.inputs, job.total, sink, items)
 
@@ -313,8 +309,8 @@ def _unpicklable(job: Job, named: Mapping[str, Any], error: Exception) -> Serial
     )
 
 
-async def packed_rows(job: Job, first: int, rows: list[tuple[Any, ...]], place: RemoteBackend) -> bytes:
-    """Return some rows of a map as the payload of a chunk; pickled in a thread.
+async def packed_rows(job: Job, first: int, rows: list[tuple[Any, ...]], place: RemoteBackend, call: int) -> bytes:
+    """Return some rows of a map as the payload of a chunk, with the number of the call; pickled in a thread.
 
     Raises:
         SerializationError: one of them cannot be pickled; the message has its path.
@@ -322,7 +318,7 @@ async def packed_rows(job: Job, first: int, rows: list[tuple[Any, ...]], place: 
 
     def pack() -> bytes:
         try:
-            return packed("chunk", {"rows": rows, "first": first}, place=place)
+            return packed("chunk", {"rows": rows, "first": first, "call": call}, place=place)
         except (SerializationError, RemoteExecutionError):
             raise
         except Exception as error:  # pickling runs the user's code
@@ -334,18 +330,15 @@ async def packed_rows(job: Job, first: int, rows: list[tuple[Any, ...]], place: 
     return data
 
 
-async def opened(reply: bytes, emit: Emit | None) -> tuple[str, Any]:
-    """Return what a reply says, after the events that came with it; it is unpickled in a thread."""
-    (kind, answer, events), _ = await in_thread(lambda: unpacked(reply), default_threads())
-    if emit is not None:
-        for event in events:
-            emit(with_error(event, load_error))
+async def opened(reply: bytes, replay: Replay, call: int | None = None) -> tuple[str, Any]:
+    """Return what a reply says, after the events that came with it; it is unpickled in a thread.
+
+    Raises:
+        RemoteExecutionError: it cannot be rebuilt here.
+    """
+    (kind, answer, events), _ = await in_thread(lambda: unpacked_reply(reply), default_threads())
+    replay.tell(events, call)
     return kind, answer
-
-
-def _replay(emit: Emit, batch: bytes) -> None:
-    for event in unpacked(batch)[1]:
-        emit(with_error(event, load_error))
 
 
 async def _all_rows(job: Job) -> list[tuple[Any, ...]]:

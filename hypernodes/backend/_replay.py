@@ -1,0 +1,89 @@
+"""Events of runs on other machines, told here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from hypernodes import events as ev
+from hypernodes._mapping import Path
+from hypernodes._threads import default_threads, in_thread
+from hypernodes.backend._message import unpacked
+from hypernodes.backend._wire import load_error, with_error
+
+Receive = Callable[[bytes], Awaitable[None]]
+"""Takes a batch of events that was sent while a job runs."""
+
+_ENDS = frozenset({ev.ItemFinished, ev.ItemFailed, ev.ItemCached})
+_log = logging.getLogger("hypernodes")
+
+
+class Replay:
+    """Tells an emit of this process what happens elsewhere.
+
+    Of a map in chunks, what has become of an item is told once, though a chunk whose machine died runs again.
+
+    Args:
+        emit: who listens; None for nobody.
+        place: of a map in chunks: its path.
+    """
+
+    def __init__(self, emit: ev.Emit | None, place: Path | None = None) -> None:
+        self._emit = emit or ev.UNHEARD
+        self._place = place
+        self._open: set[int] = set()
+        self._ended: dict[int, int] = {}
+        """Items that have been told to their end, with the call that told it, until their chunk is done."""
+        self.kinds = self._emit.kinds
+        """The events that are to be sent."""
+        if place is not None and self.kinds:
+            self.kinds |= _ENDS
+
+    @property
+    def receive(self) -> Receive | None:
+        """What takes batches of events while the job runs; None where nobody listens."""
+        return self._received if self.kinds else None
+
+    async def _received(self, batch: bytes) -> None:
+        try:
+            (_, events, call), _ = await in_thread(lambda: unpacked(batch), default_threads())
+        except Exception as error:  # noqa: BLE001 - unpickling runs the user's code; it never fails the run
+            _log.warning("some events of a run on another machine cannot be told here: %s", error)
+            return
+        self.tell(events, call)
+
+    def tell(self, events: Sequence[ev.Event], call: int | None = None) -> None:
+        """Tell some events, of a call where there are several."""
+        for event in events:
+            if call is not None and self._is_told(event, call):
+                continue
+            if type(event) in self._emit.kinds:
+                self._emit(with_error(event, load_error))
+
+    def begin(self, call: int) -> None:
+        """Note that a call is under way."""
+        self._open.add(call)
+
+    def died(self, call: int) -> None:
+        """Note that a call came to nothing: its items run again."""
+        self._open.discard(call)
+
+    def done(self, call: int, first: int, count: int) -> None:
+        """Note that the items of a call are done."""
+        self._open.discard(call)
+        for index in range(first, first + count):
+            self._ended.pop(index, None)
+
+    def _is_told(self, event: ev.Event, call: int) -> bool:
+        """Say whether another call has told what became of the item that an event is about."""
+        assert self._place is not None
+        if len(event.path) <= len(self._place):
+            return False  # of the map as a whole
+        index = event.path[len(self._place)]
+        assert isinstance(index, int)
+        by = self._ended.get(index)
+        if by is not None:
+            return by != call
+        if type(event) in _ENDS and len(event.path) == len(self._place) + 1 and call in self._open:
+            self._ended[index] = call
+        return False
