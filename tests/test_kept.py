@@ -302,9 +302,9 @@ class TestWithACache:
         assert told == [("load_model", "uncached"), ("encode", "miss")]
 
 
-async def test_other_loops_do_not_hang(anyio_backend):
+async def test_other_loops_do_not_hang(anyio_backend, anyio_backend_name):
     """Two threads with loops of their own that need it at one moment both get it."""
-    if anyio_backend == "trio":
+    if anyio_backend_name == "trio":
         pytest.skip("starts loops of asyncio")
     begun = threading.Event()
 

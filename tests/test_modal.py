@@ -281,6 +281,24 @@ class TestEvents:
         await Pipeline([make, sleep], backend=ModalBackend(IMAGE), callbacks=[Watch()]).arun(x=3)
         assert times["sleep"] - times["make"] > 0.5
 
+    async def test_a_container_may_be_silent_for_long(self, plane, client):
+        """A run that is watched goes on while nothing is heard of it, as while its container starts."""
+
+        @node("slept")
+        async def sleep(x):
+            await asyncio.sleep(x)
+            return x
+
+        ended = []
+
+        class Watch(PipelineCallback):
+            def on_node_end(self, node_id, outputs, duration, ctx):
+                ended.append(node_id)
+
+        pipeline = Pipeline([sleep], backend=ModalBackend(IMAGE), callbacks=[Watch()])
+        assert await pipeline.arun(x=6, output_name="slept") == 6  # seconds
+        assert ended == ["sleep"]
+
 
 @pytest.mark.asyncio
 class TestErrors:

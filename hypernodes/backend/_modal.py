@@ -22,6 +22,7 @@ from hypernodes._run import Mode
 from hypernodes._threads import current_async_library
 from hypernodes.backend._entry import Shared, run_payload
 from hypernodes.backend._handle import RemoteCall
+from hypernodes.backend._image import modal_image
 from hypernodes.backend._remote import Line, Placing, RemoteBackend
 from hypernodes.backend._replay import Receive
 from hypernodes.backend._site import Site, site_of
@@ -45,6 +46,8 @@ ENTRY = "run_job"
 """The name of the function that every app has."""
 CONTAINERS = 10
 """How many containers a distributed map takes where ``max_containers`` does not say."""
+_BLOB_BYTES = 2 << 20
+"""Above this Modal's client sends arguments as a file of their own."""
 _INLINE_BYTES = 1 << 20
 _PIECE_BYTES = 16 << 20
 T = TypeVar("T")
@@ -54,8 +57,10 @@ SharedRef = tuple[str, Any, int]
 
 _POSTED_BYTES = 512 << 10
 """Of one item of a queue, which takes a mebibyte."""
-_DRAIN_S = 5.0
-"""Seconds that one request for events waits for them."""
+_END = ("", 0, 0, b"")
+"""Follows the last piece of an event in a queue."""
+_BEAT_S = 0.25
+"""Seconds between two turns of a loop that only waits: Jupyter's interrupt is noticed when it turns."""
 
 
 class ModalBackend(RemoteBackend):
@@ -162,7 +167,7 @@ class ModalBackend(RemoteBackend):
         return site_of(image, self._volumes, bool(self._options["secrets"]))
 
     def _chosen_image(self) -> Any:
-        return self._image or _modal().Image.debian_slim().pip_install("hypernodes")
+        return self._image or modal_image()
 
     @property
     def _width(self) -> int:
@@ -192,12 +197,11 @@ class ModalBackend(RemoteBackend):
                     function = await stack.enter_async_context(self._app())
                 alone = kept is None and self._deployed is None
                 line = ModalLine(function, list(self._volumes.values()), stack, self._environment, self._width, alone)
-                if receive is None:
-                    return await working(line)
-                line.queue = await stack.enter_async_context(
-                    modal.Queue.ephemeral.aio(environment_name=self._environment)
-                )
-                return await _draining(line.queue, receive, lambda: working(line))
+                if receive is not None:
+                    line.queue = await stack.enter_async_context(
+                        modal.Queue.ephemeral.aio(environment_name=self._environment)
+                    )
+                return await _listening(line.queue, receive, lambda: working(line))
 
     async def _found(self) -> Any:
         """Return the function of the deployed app."""
@@ -315,7 +319,7 @@ class ModalLine(Line):
     async def call(self, payload: bytes, shared: SharedRef | None = None) -> bytes:
         """Call once."""
         arguments = (payload, self._volumes, self.queue, shared)
-        with _translated("the pipeline"):
+        with _translated("the pipeline", sent=len(payload)):
             if self._alone:
                 return await self._function.remote.aio(*arguments)  # type: ignore[no-any-return]
             return await _spawned(self._function, arguments)
@@ -349,26 +353,40 @@ async def _spawned(function: Any, arguments: tuple[Any, ...]) -> bytes:
         raise
 
 
-async def _draining(queue: Any, receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
-    """Do some work, and hand over meanwhile what comes through a queue."""
+async def _listening(queue: Any, receive: Receive | None, work: Callable[[], Awaitable[T]]) -> T:
+    """Do some work; hand over meanwhile what comes through a queue, if there is one."""
     made: list[T] = []
-    joined = _Joined(receive)
+
+    async def beat(crew: Crew) -> None:
+        while True:  # noqa: ASYNC110 - that the loop turns is the point
+            await anyio.sleep(_BEAT_S)
 
     async def drain(crew: Crew) -> None:
-        while True:
-            for piece in await queue.get_many.aio(100, timeout=_DRAIN_S):
+        assert receive is not None
+        joined = _Joined(receive)
+        # Without a timeout: it would raise where nothing comes for so long, as while a container starts.
+        while _END not in (pieces := await queue.get_many.aio(100)):
+            for piece in pieces:
                 await joined.take(*piece)
-
-    async def both(crew: Crew) -> None:
-        crew.start(drain)
-        made.append(await work())
+        for piece in pieces[: pieces.index(_END)]:
+            await joined.take(*piece)
         crew.stop()
 
-    await Crew.run(both)
-    # What was sent last may have come in after the reply.
-    while pieces := await queue.get_many.aio(1_000, block=False):
-        for piece in pieces:
-            await joined.take(*piece)
+    async def all_three(crew: Crew) -> None:
+        crew.start(beat)
+        if receive is not None:
+            crew.start(drain)
+        made.append(await work())
+        if receive is None:
+            crew.stop()
+            return
+        try:
+            # Told, not cancelled: a request that is given up may have taken pieces out of the queue already.
+            await queue.put.aio(_END)
+        except Exception:  # noqa: BLE001 - the result is there, whatever became of the events
+            crew.stop()
+
+    await Crew.run(all_three)
     return made[0]
 
 
@@ -483,10 +501,11 @@ def _modal() -> Any:
 
 
 @contextlib.contextmanager
-def _translated(what: str, but: Collection[int] = ()) -> Any:
+def _translated(what: str, but: Collection[int] = (), sent: int = 0) -> Any:
     """Raise one clear error of ours for what Modal's client raises, with its own as the cause.
 
-    Errors whose ids are in ``but`` stay as they are: a node may use Modal, and its errors are the user's.
+    Errors whose ids are in ``but`` stay as they are: a node may use Modal, and its errors are the user's. ``sent`` is
+    how many bytes were to go out.
     """
     import modal.exception as theirs
 
@@ -495,10 +514,10 @@ def _translated(what: str, but: Collection[int] = ()) -> Any:
     except theirs.Error as error:
         if id(error) in but:
             raise
-        raise _ours(what, error) from error
+        raise _ours(what, error, sent) from error
 
 
-def _ours(what: str, error: Exception) -> ExecutionError:
+def _ours(what: str, error: Exception, sent: int) -> ExecutionError:
     import modal.exception as theirs
 
     match error:
@@ -511,7 +530,18 @@ def _ours(what: str, error: Exception) -> ExecutionError:
             return RemoteTimeoutError(f"{what} took longer in its container than the backend's timeout allows")
         case theirs.InternalFailure() | theirs.InternalError():
             return WorkerCrashedError(f"the container that ran {what} died ({error}): out of memory, or a crash")
-    return RemoteExecutionError(f"Modal could not run {what}: {type(error).__name__}: {error}")
+        case theirs.ConnectionError():
+            return RemoteExecutionError(
+                f"Modal's servers do not answer ({error}): is this machine online? What ran there ends when its app is "
+                f"not heard of any more"
+            )
+    said = f"Modal could not run {what}: {type(error).__name__}: {error}"
+    if sent > _BLOB_BYTES:
+        said += (
+            f"; {sent / 2**20:.1f} MiB were to be sent: put large inputs into a modal.Volume, mount it with "
+            f"volumes=..., and send their paths"
+        )
+    return RemoteExecutionError(said)
 
 
 def _checked(value: Any, kind: type, option: str, example: str) -> Any:
