@@ -20,6 +20,7 @@ from hypernodes import (
     PipelineCallback,
     RemoteExecutionError,
     RunHandle,
+    SerializationError,
     WorkerCrashedError,
     node,
 )
@@ -199,6 +200,16 @@ class TestDeployed:
         assert plane.calls["FunctionMap"] == 3
         assert plane.functions[0].definition.resources.milli_cpu == 2000
 
+    async def test_in_worker_processes(self, plane, client):
+        """The name of an app can be sent to them; an image cannot, which is said by name."""
+        await ModalBackend(IMAGE).adeploy("there")
+        around = LocalBackend(map_execution="parallel", max_workers=1)
+        inner = Pipeline([double], name="inner", backend=ModalBackend(deployed="there"))
+        assert (await Pipeline([inner.as_node()], backend=around).amap({"x": [1, 2]}, "x"))["doubled"] == [2, 4]
+        inner = inner.with_backend(ModalBackend(IMAGE))
+        with pytest.raises(SerializationError, match=r"images, volumes and secrets cannot.*deployed="):
+            await Pipeline([inner.as_node()], backend=around).amap({"x": [1, 2]}, "x")
+
     async def test_a_name_that_nobody_deployed(self, plane, client):
         """The error says how to deploy it."""
         with pytest.raises(RemoteExecutionError, match=r"no app 'nowhere' is deployed.*adeploy\('nowhere'\)"):
@@ -308,6 +319,19 @@ class TestDetached:
         pipeline = Pipeline([where], backend=ModalBackend(deployed="there"))
         first = await pipeline.arun(x=1, output_name="pid")
         assert await (await pipeline.asubmit(x=1, output_name="pid")) == first
+
+    async def test_cancelling_while_it_is_submitted(self, plane, client):
+        """A run whose handle nobody gets is ended."""
+        await ModalBackend(IMAGE).adeploy("there")
+        for backend in (ModalBackend(IMAGE), ModalBackend(deployed="there")):
+            pipeline = Pipeline([sleep], backend=backend)
+            before = len(plane.function_calls)
+            task = asyncio.create_task(pipeline.asubmit(x=600))
+            await plane.until(lambda before=before: len(plane.function_calls) > before)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await plane.until(lambda: plane.open_inputs == 0)
 
     async def test_from_sync_code(self, plane, client):
         """submit, result, done and cancel block; in a running loop too."""

@@ -19,7 +19,7 @@ from hypernodes._bridge import run_sync
 from hypernodes._crew import Crew, unbroken
 from hypernodes._node import checked_count, checked_seconds
 from hypernodes._run import Mode
-from hypernodes._threads import current_async_library
+from hypernodes._threads import current_async_library, default_threads, in_thread
 from hypernodes.backend._entry import Shared, run_payload
 from hypernodes.backend._handle import RemoteCall
 from hypernodes.backend._image import modal_image
@@ -32,6 +32,7 @@ from hypernodes.errors import (
     ExecutionError,
     RemoteExecutionError,
     RemoteTimeoutError,
+    SerializationError,
     WorkerCrashedError,
     quoted,
 )
@@ -275,12 +276,23 @@ class ModalBackend(RemoteBackend):
         _need_asyncio()
         volumes = list(self._volumes.values())
         with _translated(label):
-            if self._deployed is not None:
-                call = await (await self._found()).spawn.aio(payload, volumes)
-            else:
-                async with self._app(detach=True) as function:
-                    call = await function.spawn.aio(payload, volumes)
+            async with contextlib.AsyncExitStack() as stack:
+                if self._deployed is not None:
+                    function = await self._found()
+                else:
+                    function = await stack.enter_async_context(self._app(detach=True))
+                call = await _spawned(function, (payload, volumes))
         return f"modal:{call.object_id}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what it is, for another process of this machine; what Modal's client has made stays in this one."""
+        if self._deployed is None or self._volumes:
+            raise SerializationError(
+                f"{self!r} cannot be sent to another process, since Modal's images, volumes and secrets cannot: let "
+                f"the pipeline around it run its items in this one, without map_execution='parallel', or deploy the "
+                f"app and use ModalBackend(deployed=...)"
+            )
+        return vars(self).copy()
 
     def __repr__(self) -> str:
         said = [f"{name}={value!r}" for name, value in self._options.items() if value and name != "secrets"]
@@ -322,11 +334,11 @@ class ModalLine(Line):
         with _translated("the pipeline", sent=len(payload)):
             if self._alone:
                 return await self._function.remote.aio(*arguments)  # type: ignore[no-any-return]
-            return await _spawned(self._function, arguments)
+            return await _reply_of(self._function, arguments)
 
     async def share(self, data: bytes) -> SharedRef:
         """Keep what calls share in a ``modal.Dict`` while the run lasts, unless it is small."""
-        name = Shared.name(data)
+        name, _ = await in_thread(lambda: Shared.name(data), default_threads())
         if len(data) <= _INLINE_BYTES:
             return name, data, 0
         store = await self._stack.enter_async_context(_modal().Dict.ephemeral.aio(environment_name=self._environment))
@@ -336,8 +348,8 @@ class ModalLine(Line):
         return name, store, len(pieces)
 
 
-async def _spawned(function: Any, arguments: tuple[Any, ...]) -> bytes:
-    """Call a function of an app that stays; leaving early ends the call."""
+async def _spawned(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """Start a call of a function; who leaves meanwhile leaves nothing running."""
     calls: list[Any] = []
 
     async def spawn() -> None:
@@ -345,12 +357,26 @@ async def _spawned(function: Any, arguments: tuple[Any, ...]) -> bytes:
 
     try:
         await unbroken(spawn)
-        return await calls[0].get.aio()  # type: ignore[no-any-return]
     except anyio.get_cancelled_exc_class():
         if calls:
-            # Its container ends with it, whatever runs there.
-            await unbroken(lambda: calls[0].cancel.aio(terminate_containers=True))
+            await unbroken(partial(_ended, calls[0]))
         raise
+    return calls[0]
+
+
+async def _reply_of(function: Any, arguments: tuple[Any, ...]) -> bytes:
+    """Call a function of an app that stays; leaving early ends the call."""
+    call = await _spawned(function, arguments)
+    try:
+        return await call.get.aio()  # type: ignore[no-any-return]
+    except anyio.get_cancelled_exc_class():
+        await unbroken(partial(_ended, call))
+        raise
+
+
+async def _ended(call: Any) -> None:
+    """End a call, and its container with it, whatever runs there."""
+    await call.cancel.aio(terminate_containers=True)
 
 
 async def _listening(queue: Any, receive: Receive | None, work: Callable[[], Awaitable[T]]) -> T:
