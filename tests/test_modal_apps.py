@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 
+import grpclib
 import modal
 import modal.runner
 import pytest
@@ -328,10 +329,23 @@ class TestDetached:
             before = len(plane.function_calls)
             task = asyncio.create_task(pipeline.asubmit(x=600))
             await plane.until(lambda before=before: len(plane.function_calls) > before)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            if task.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:  # it was quicker
+                await task.result().acancel()
             await plane.until(lambda: plane.open_inputs == 0)
+
+    async def test_one_that_cannot_be_asked(self, plane, client):
+        """That nobody answers does not mean that a run has ended."""
+        handle = await Pipeline([sleep], backend=ModalBackend(IMAGE)).asubmit(x=600)
+        assert not await handle.adone()
+        plane.fail("FunctionGetOutputs", grpclib.Status.UNAUTHENTICATED, times=1)
+        with pytest.raises(RemoteExecutionError, match="refuses the account"):
+            await handle.adone()
+        assert not await handle.adone()
+        await handle.acancel()
+        assert await handle.adone()
 
     async def test_from_sync_code(self, plane, client):
         """submit, result, done and cancel block; in a running loop too."""

@@ -31,6 +31,10 @@ class RemoteCall(ABC):
         """
 
     @abstractmethod
+    def is_end(self, error: ExecutionError) -> bool:
+        """Say whether an error of :meth:`reply` is how the call ended, and not why it could not be asked for."""
+
+    @abstractmethod
     async def cancel(self) -> None:
         """End the call, and what it runs on."""
 
@@ -87,12 +91,17 @@ class RunHandle:
         return run_sync(lambda: self.aresult(timeout))
 
     async def adone(self) -> bool:
-        """Say whether the run has ended, however it ended."""
+        """Say whether the run has ended, however it ended.
+
+        Raises:
+            RemoteExecutionError: it cannot be asked: the account is refused, or nobody answers.
+        """
         if self._reply is None:
             try:
                 self._reply = await self._call.reply(0)
-            except ExecutionError:
-                return True
+            except ExecutionError as error:
+                if not self._call.is_end(error):
+                    raise
             except TimeoutError:
                 return False
         return True

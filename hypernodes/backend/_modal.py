@@ -274,15 +274,20 @@ class ModalBackend(RemoteBackend):
     async def detached(self, payload: bytes, label: str) -> str:
         """Start a call that outlives this process; return the id that it is found by."""
         _need_asyncio()
-        volumes = list(self._volumes.values())
-        with _translated(label):
-            async with contextlib.AsyncExitStack() as stack:
-                if self._deployed is not None:
-                    function = await self._found()
-                else:
-                    function = await stack.enter_async_context(self._app(detach=True))
-                call = await _spawned(function, (payload, volumes))
-        return f"modal:{call.object_id}"
+        calls: list[Any] = []
+        try:
+            with _translated(label, sent=len(payload)):
+                async with contextlib.AsyncExitStack() as stack:
+                    if self._deployed is not None:
+                        function = await self._found()
+                    else:
+                        function = await stack.enter_async_context(self._app(detach=True))
+                    calls.append(await _spawned(function, (payload, list(self._volumes.values()))))
+        except anyio.get_cancelled_exc_class():
+            for call in calls:  # nobody gets its id
+                await unbroken(partial(_ended, call))
+            raise
+        return f"modal:{calls[0].object_id}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what it is, for another process of this machine; what Modal's client has made stays in this one."""
@@ -488,6 +493,12 @@ class ModalCall(RemoteCall):
         _need_asyncio()
         with _translated("the run"):
             return await self._call.get.aio(timeout=seconds)  # type: ignore[no-any-return]
+
+    def is_end(self, error: ExecutionError) -> bool:
+        """Say whether it is an error of the call, and not of the account or the connection."""
+        from modal.exception import AuthError, ConnectionError
+
+        return not isinstance(error.__cause__, AuthError | ConnectionError)
 
     async def cancel(self) -> None:
         """End the call and its container."""
