@@ -573,6 +573,30 @@ class TestSeam:
         assert await Pipeline([wait_for_sending], backend=Posting(), callbacks=[Watch()]).arun(x=1) == {"y": 1}
         assert seen == ["wait_for_sending"]
 
+    async def test_a_plan_that_has_run_there_is_known_again(self, anyio_backend):
+        """What a process has measured of functions holds for later runs of the same pipeline, with other inputs."""
+
+        class Echo(RemoteBackend):
+            async def connected(self, label, receive, work):
+                return await work(EchoLine())
+
+        @node("thread")
+        def which(x):
+            return threading.current_thread() is threading.main_thread()
+
+        pipeline = Pipeline([which], backend=Echo())
+        first = (await pipeline.amap({"x": range(200)}, "x"))["thread"]
+        assert not first[0]
+        again = (await pipeline.amap({"x": range(200, 400)}, "x"))["thread"]
+        assert again.count(False) < first.count(False)
+
+        @node("thread")
+        def which(x):
+            return ("edited", threading.current_thread() is threading.main_thread())
+
+        edited = await Pipeline([which], backend=Echo()).amap({"x": range(2)}, "x")
+        assert edited["thread"][0] == ("edited", False)
+
     async def test_a_caches_key_stays_where_it_is(self, anyio_backend, tmp_path, monkeypatch):
         """No payload holds the key that results are signed with; the container signs with the one it was given."""
         key = b"what nobody else may know"

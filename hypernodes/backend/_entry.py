@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 
@@ -17,6 +17,7 @@ from hypernodes._engine import PipelineExecutionEngine
 from hypernodes._feed import ListFeed
 from hypernodes._map_run import Columns
 from hypernodes._mapping import Rows
+from hypernodes._plan import ExecutionPlan
 from hypernodes._run import BoundKey, Job, Run, saving
 from hypernodes.backend._local import LocalBackend
 from hypernodes.backend._message import packed, unpacked
@@ -26,8 +27,8 @@ from hypernodes.events import Emitter, Event
 
 POST_S = 0.2
 """Seconds between two batches of events that are sent while a job runs."""
-_MOST_KEPT = 2
-"""Jobs whose chunks this process may be asked for in turn."""
+_LARGEST_PLAN = 16 << 20
+"""Bytes of a plan that is worth knowing again: one with large values bound to it is not held for long."""
 T = TypeVar("T")
 
 Post = Callable[[bytes], Awaitable[None]]
@@ -96,22 +97,30 @@ async def run_payload(payload: bytes, post: Post | None = None, shared: Shared |
 
 
 async def _described(payload: bytes, shared: Shared | None) -> dict[str, Any]:
-    """Return what is to be run; what chunks share is unpickled once."""
+    """Return what is to be run; what chunks share is unpickled once, and so is a plan that has run here before."""
     if shared is None:
-        return unpacked(payload)[1]  # type: ignore[no-any-return]
-    with _keeping:
-        job = _kept.get(shared.digest)
+        return _with_plan(unpacked(payload)[1])
+    job = _jobs.get(shared.digest)
     if job is None:
-        job = unpacked(await shared.fetch())[1]
-    with _keeping:
-        _kept[shared.digest] = job
-        _kept.move_to_end(shared.digest)
-        while len(_kept) > _MOST_KEPT:
-            _kept.popitem(last=False)
+        job = _with_plan(unpacked(await shared.fetch())[1])
+    _jobs.put(shared.digest, job)
     try:
         return job | unpacked(payload)[1]  # type: ignore[no-any-return]
     except Exception as error:  # unpickling runs the user's code
         raise _UnreadableRows(error) from error
+
+
+def _with_plan(described: dict[str, Any]) -> dict[str, Any]:
+    """Unpickle the plan, or use the one of an earlier job: what has been measured of its functions is known then."""
+    data: bytes = described["plan"]
+    if len(data) > _LARGEST_PLAN:
+        return {**described, "plan": unpacked(data)[1]}
+    name = Shared.name(data)
+    plan = _plans.get(name)
+    if plan is None:
+        plan = unpacked(data)[1]
+    _plans.put(name, plan)
+    return {**described, "plan": plan}
 
 
 class _UnreadableRows(Exception):  # noqa: N818 - never leaves this module
@@ -122,8 +131,28 @@ class _UnreadableRows(Exception):  # noqa: N818 - never leaves this module
         self.reason = reason
 
 
-_kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
-_keeping = threading.Lock()
+class _Latest(Generic[T]):
+    """The latest few of what this process has unpickled, by digest. Used by any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._values: OrderedDict[str, T] = OrderedDict()
+
+    def get(self, digest: str) -> T | None:
+        with self._lock:
+            return self._values.get(digest)
+
+    def put(self, digest: str, value: T) -> None:
+        with self._lock:
+            self._values[digest] = value
+            self._values.move_to_end(digest)
+            dropped = [self._values.popitem(last=False) for _ in range(len(self._values) - self._most)]
+        del dropped  # outside the lock: letting go of a value may run anything
+
+
+_jobs: _Latest[dict[str, Any]] = _Latest(2)
+_plans: _Latest[ExecutionPlan] = _Latest(16)
 
 
 class PartRun(Run):

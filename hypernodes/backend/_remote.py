@@ -262,7 +262,6 @@ async def packed_job(
             ``inputs['encoder']._lock``.
     """
     described = {
-        "plan": job.plan,
         "inputs": job.inputs,
         "run_id": job.run_id,
         "path": job.path,
@@ -280,7 +279,9 @@ async def packed_job(
 
     def pack() -> bytes:
         try:
-            return packed("job", described, place=place)
+            # By itself, so that a process that has run it before knows it again.
+            plan = packed("plan", job.plan, place=place)
+            return packed("job", {"plan": plan, **described}, place=place)
         except (SerializationError, RemoteExecutionError):
             raise
         except Exception as error:  # pickling runs the user's code
