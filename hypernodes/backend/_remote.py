@@ -344,6 +344,8 @@ async def opened(reply: bytes, replay: Replay, call: int | None = None) -> tuple
 
 async def _all_rows(job: Job) -> list[tuple[Any, ...]]:
     assert job.feed is not None
+    if not job.feed.waits:
+        return list(iter(job.feed.next, END))
     rows = []
     while (row := await job.feed.pull()) is not END:
         rows.append(row)
