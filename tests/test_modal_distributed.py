@@ -29,11 +29,6 @@ def double(x):
     return 2 * x
 
 
-@node("pid", run_in="loop")
-def where(x):
-    return os.getpid()
-
-
 def distributed(**options):
     return ModalBackend(IMAGE, mode="distributed", **{"max_containers": 2, **options})
 
@@ -44,8 +39,16 @@ async def nothing_is_left(plane):
     assert plane.open_inputs == 0
 
 
-async def test_a_map_over_containers(plane, client):
+async def test_a_map_over_containers(plane, client, tmp_path):
     """Chunks run in as many containers as may be, one call each; results are in order; nothing is left."""
+
+    @node("pid")
+    async def where(x):
+        (tmp_path / f"{os.getpid()}.pid").touch()
+        while len(list(tmp_path.glob("*.pid"))) < 2:
+            await asyncio.sleep(0.01)
+        return os.getpid()
+
     pipeline = Pipeline([double, where], backend=distributed(chunk_size=25))
     made = await pipeline.amap({"x": range(100)}, "x")
     assert made["doubled"] == [2 * x for x in range(100)]
