@@ -75,7 +75,18 @@ ACTING = {
 }
 ACTING |= {"time"}
 
-LAZY = {"aiocache", "beartype", "cloudpickle", "dask", "modal", "numpy", "opentelemetry", "rich", "tenacity"}
+LAZY = {
+    "aiocache",
+    "beartype",
+    "cloudpickle",
+    "dask",
+    "distributed",
+    "modal",
+    "numpy",
+    "opentelemetry",
+    "rich",
+    "tenacity",
+}
 
 MOST_CODE_LINES = 450
 """In one module, without docstrings, comments and blank lines."""

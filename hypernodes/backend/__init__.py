@@ -9,6 +9,7 @@ from hypernodes.backend._base import Backend
 from hypernodes.backend._local import LocalBackend
 
 if TYPE_CHECKING:
+    from hypernodes.backend._dask import DaskBackend
     from hypernodes.backend._image import modal_image
     from hypernodes.backend._modal import ModalBackend
     from hypernodes.backend._preflight import Preflight
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backend",
+    "DaskBackend",
     "LocalBackend",
     "ModalBackend",
     "PipelineExecutionEngine",
@@ -24,7 +26,13 @@ __all__ = [
     "modal_image",
 ]
 
-_HOMES = {"ModalBackend": "_modal", "RemoteBackend": "_remote", "Preflight": "_preflight", "modal_image": "_image"}
+_HOMES = {
+    "DaskBackend": "_dask",
+    "ModalBackend": "_modal",
+    "RemoteBackend": "_remote",
+    "Preflight": "_preflight",
+    "modal_image": "_image",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -82,7 +82,8 @@ class DistributedMap:
             self._replay.begin(call)
             try:
                 payload = await packed_rows(self._job, chunk.first, chunk.rows, self._place, call)
-                reply = await self._line.call(payload, self._shared)
+                send = self._line.call_alone if chunk.crashes else self._line.call
+                reply = await send(payload, self._shared)
             except (SerializationError, RemoteTimeoutError, WorkerCrashedError) as error:
                 self._replay.died(call)
                 if isinstance(error, WorkerCrashedError):

@@ -56,6 +56,13 @@ class Line(ABC):
             RemoteTimeoutError: it took longer than the place allows.
         """
 
+    async def call_alone(self, payload: bytes, shared: Any = None) -> bytes:
+        """Call again what died before, with no other call beside it that could be the cause.
+
+        As :meth:`call` where each call has a process of its own.
+        """
+        return await self.call(payload, shared)
+
     @abstractmethod
     async def share(self, data: bytes) -> Any:
         """Leave there what several calls need, and return what to name it by in a call."""
