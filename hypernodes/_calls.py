@@ -25,6 +25,9 @@ _UNSET: Any = object()
 
 async def call_node(scope: Scope, step: BoundCall, values: list[Any], index: int | None) -> Any:
     """Call a step's function with its arguments from ``values``, as its node's options say."""
+    if step.direct_sync and step.cost.inline:
+        # It has no limit, timeout or retry: that is all there is to do.
+        return await _inline(step, step.arguments(values), step.keyword_arguments(values))
     node = step.node
     if node.keep is None:
         return await _called(scope, step, values, index)

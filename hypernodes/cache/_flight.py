@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Hashable, Iterator
@@ -21,7 +22,6 @@ from typing import Any, Literal, TypeVar
 
 import anyio
 
-from hypernodes._threads import current_async_library
 from hypernodes.errors import CacheError
 
 T = TypeVar("T")
@@ -268,16 +268,15 @@ def _chain(flight: _Flight | None) -> Iterator[_Flight]:
 
 def _this_loop() -> object:
     """Return what identifies the running event loop; None where a coroutine is being closed outside any."""
-    match current_async_library():
-        case "asyncio":
-            import asyncio
-
-            return asyncio.get_running_loop()
-        case "trio":
-            import trio
-
-            return trio.lowlevel.current_trio_token()
-    return None
+    # As current_async_library() does, in fewer steps: it is asked for each call that a cache does not have.
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        return trio.lowlevel.current_trio_token()
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return None if asyncio is None else asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _post(loop: Any, call: Callable[[], object]) -> None:
