@@ -90,9 +90,10 @@ class ModalBackend(RemoteBackend):
         map_execution: likewise.
         max_workers: likewise.
         max_concurrency: likewise.
-        mode: ``"single"``: a run, or a whole map, is one call of one container. ``"distributed"``: a map goes out in
-            chunks of items over up to ``max_containers`` containers; a chunk whose container dies is tried again, and
-            an item that kills its container fails alone. Limits are shared out among them.
+        mode: ``"single"``: a run, or a whole map, is one call of one container; a stream reads its source to the end
+            first. ``"distributed"``: a map goes out in chunks of items over up to ``max_containers`` containers; a
+            chunk whose container dies is tried again, and an item that kills its container fails alone. Limits are
+            shared out among them.
         chunk_size: items of a chunk of a distributed map; None to go by the time that they take.
         max_containers: how many there may be at once; None for Modal's own bound, and 10 for a distributed map.
         keep_warm: how many containers stay while their app does, also when there is nothing to do.
