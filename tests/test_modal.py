@@ -426,6 +426,24 @@ class TestCancellation:
                 await asyncio.sleep(0.02)
         assert plane.calls["AppClientDisconnect"] == 1
 
+    @pytest.mark.parametrize("native", [True, False])
+    async def test_cancelling_while_the_app_begins(self, plane, client, native):
+        """No app is left, whatever its beginning had come to."""
+        pipeline = Pipeline([clean], backend=ModalBackend(IMAGE))
+        for wait in (0.001, 0.002, 0.003, 0.004, 0.006, 0.01, 0.02, 0.03):
+            if native:
+                task = asyncio.create_task(pipeline.arun(text="a"))
+                await asyncio.sleep(wait)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                with anyio.move_on_after(wait) as scope:
+                    await pipeline.arun(text="a")
+                assert scope.cancelled_caught
+        await plane.until(lambda: all(app.ended for app in plane.apps))
+        assert len(plane.apps) > 3
+
 
 @pytest.mark.asyncio
 class TestOptions:

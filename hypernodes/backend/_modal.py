@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 _MOST_SECONDS = 86_400
 _MOST_IDLE_S = 3_600
 _GPU = re.compile(r"[A-Za-z][\w-]*!?(:[1-9]\d*)?")
+_CREATED_S = 10.0
+"""Seconds that who leaves waits for the id of the app that is to be ended."""
+_POLL_S = 0.005
 ENTRY = "run_job"
 """The name of the function that every app has."""
 CONTAINERS = 10
@@ -223,7 +226,10 @@ class ModalBackend(RemoteBackend):
     async def _app(self, *, detach: bool = False) -> AsyncIterator[Any]:
         """Run an app of its own, which ends with the block; give its function."""
         app, function = self._defined()
-        async with app.run.aio(environment_name=self._environment, detach=detach):
+        running = app.run.aio(environment_name=self._environment, detach=detach)
+        async with contextlib.AsyncExitStack() as stack:
+            await _begun(app, running)
+            stack.push_async_exit(running)
             yield function
 
     def _defined(self) -> tuple[Any, Any]:
@@ -352,6 +358,48 @@ class ModalLine(Line):
         for number, start in enumerate(pieces):
             await store.put.aio(number, data[start : start + _PIECE_BYTES])
         return name, store, len(pieces)
+
+
+async def _begun(app: Any, running: contextlib.AbstractAsyncContextManager[Any]) -> None:
+    """Begin to run an app; who leaves meanwhile leaves nothing running.
+
+    Modal's client does not end an app if it is cancelled before it has been told the app's id.
+    """
+    began, ended, left = [], anyio.Event(), anyio.Event()
+    beginning = anyio.CancelScope(shield=True)
+
+    async def begin(_: Crew) -> None:
+        try:
+            with beginning:
+                began.append(await running.__aenter__())
+        finally:
+            ended.set()
+
+    async def end() -> None:
+        await running.__aexit__(None, None, None)
+
+    async def cancel_late(_: Crew) -> None:
+        with anyio.CancelScope(shield=True):
+            await left.wait()
+            with anyio.move_on_after(_CREATED_S):
+                while not (ended.is_set() or app.app_id):  # noqa: ASYNC110 - nothing tells of it
+                    await anyio.sleep(_POLL_S)
+            beginning.cancel()
+
+    async def both(crew: Crew) -> None:
+        crew.start(begin)
+        crew.start(cancel_late)
+        try:
+            await ended.wait()
+        finally:
+            left.set()
+
+    try:
+        await Crew.run(both)
+    except anyio.get_cancelled_exc_class():
+        if began:
+            await unbroken(end)
+        raise
 
 
 async def _spawned(function: Any, arguments: tuple[Any, ...]) -> Any:
