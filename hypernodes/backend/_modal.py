@@ -23,6 +23,7 @@ from hypernodes._threads import current_async_library, default_threads, in_threa
 from hypernodes.backend._entry import Shared, run_payload
 from hypernodes.backend._handle import RemoteCall
 from hypernodes.backend._image import modal_image
+from hypernodes.backend._modal_calls import begun, end_call, reply_of, spawned
 from hypernodes.backend._remote import Line, Placing, RemoteBackend
 from hypernodes.backend._replay import Receive
 from hypernodes.backend._site import Site, site_of
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
 _MOST_SECONDS = 86_400
 _MOST_IDLE_S = 3_600
 _GPU = re.compile(r"[A-Za-z][\w-]*!?(:[1-9]\d*)?")
-_CREATED_S = 10.0
-"""Seconds that who leaves waits for the id of the app that is to be ended."""
-_POLL_S = 0.005
 ENTRY = "run_job"
 """The name of the function that every app has."""
 CONTAINERS = 10
@@ -228,7 +226,7 @@ class ModalBackend(RemoteBackend):
         app, function = self._defined()
         running = app.run.aio(environment_name=self._environment, detach=detach)
         async with contextlib.AsyncExitStack() as stack:
-            await _begun(app, running)
+            await begun(app, running)
             stack.push_async_exit(running)
             yield function
 
@@ -289,10 +287,10 @@ class ModalBackend(RemoteBackend):
                         function = await self._found()
                     else:
                         function = await stack.enter_async_context(self._app(detach=True))
-                    calls.append(await _spawned(function, (payload, list(self._volumes.values()))))
+                    calls.append(await spawned(function, (payload, list(self._volumes.values()))))
         except anyio.get_cancelled_exc_class():
             for call in calls:  # nobody gets its id
-                await unbroken(partial(_ended, call))
+                await unbroken(partial(end_call, call))
             raise
         return f"modal:{calls[0].object_id}"
 
@@ -346,7 +344,7 @@ class ModalLine(Line):
         with _translated("the pipeline", sent=len(payload)):
             if self._alone:
                 return await self._function.remote.aio(*arguments)  # type: ignore[no-any-return]
-            return await _reply_of(self._function, arguments)
+            return await reply_of(self._function, arguments)
 
     async def share(self, data: bytes) -> SharedRef:
         """Keep what calls share in a ``modal.Dict`` while the run lasts, unless it is small."""
@@ -358,79 +356,6 @@ class ModalLine(Line):
         for number, start in enumerate(pieces):
             await store.put.aio(number, data[start : start + _PIECE_BYTES])
         return name, store, len(pieces)
-
-
-async def _begun(app: Any, running: contextlib.AbstractAsyncContextManager[Any]) -> None:
-    """Begin to run an app; who leaves meanwhile leaves nothing running.
-
-    Modal's client does not end an app if it is cancelled before it has been told the app's id.
-    """
-    began, ended, left = [], anyio.Event(), anyio.Event()
-    beginning = anyio.CancelScope(shield=True)
-
-    async def begin(_: Crew) -> None:
-        try:
-            with beginning:
-                began.append(await running.__aenter__())
-        finally:
-            ended.set()
-
-    async def end() -> None:
-        await running.__aexit__(None, None, None)
-
-    async def cancel_late(_: Crew) -> None:
-        with anyio.CancelScope(shield=True):
-            await left.wait()
-            with anyio.move_on_after(_CREATED_S):
-                while not (ended.is_set() or app.app_id):  # noqa: ASYNC110 - nothing tells of it
-                    await anyio.sleep(_POLL_S)
-            beginning.cancel()
-
-    async def both(crew: Crew) -> None:
-        crew.start(begin)
-        crew.start(cancel_late)
-        try:
-            await ended.wait()
-        finally:
-            left.set()
-
-    try:
-        await Crew.run(both)
-    except anyio.get_cancelled_exc_class():
-        if began:
-            await unbroken(end)
-        raise
-
-
-async def _spawned(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """Start a call of a function; who leaves meanwhile leaves nothing running."""
-    calls: list[Any] = []
-
-    async def spawn() -> None:
-        calls.append(await function.spawn.aio(*arguments))
-
-    try:
-        await unbroken(spawn)
-    except anyio.get_cancelled_exc_class():
-        if calls:
-            await unbroken(partial(_ended, calls[0]))
-        raise
-    return calls[0]
-
-
-async def _reply_of(function: Any, arguments: tuple[Any, ...]) -> bytes:
-    """Call a function of an app that stays; leaving early ends the call."""
-    call = await _spawned(function, arguments)
-    try:
-        return await call.get.aio()  # type: ignore[no-any-return]
-    except anyio.get_cancelled_exc_class():
-        await unbroken(partial(_ended, call))
-        raise
-
-
-async def _ended(call: Any) -> None:
-    """End a call, and its container with it, whatever runs there."""
-    await call.cancel.aio(terminate_containers=True)
 
 
 async def _listening(queue: Any, receive: Receive | None, work: Callable[[], Awaitable[T]]) -> T:
