@@ -12,6 +12,7 @@ import threading
 import time
 
 import anyio
+import grpclib
 import modal
 import modal.runner
 import numpy as np
@@ -257,6 +258,20 @@ class TestEvents:
         await pipeline.amap({"x": [0.01, 2.5]}, "x")
         first, second = times
         assert second - first > 1
+
+    @pytest.mark.parametrize("method", ["QueueGet", "QueuePut"])
+    async def test_a_line_for_events_that_breaks(self, plane, client, caplog, method):
+        """It costs the events that were on it, which is logged, and not the run."""
+
+        class Watch(PipelineCallback):
+            def on_node_end(self, node_id, outputs, duration, ctx):
+                pass
+
+        plane.fail(method, grpclib.Status.NOT_FOUND, times=1)
+        pipeline = Pipeline([clean], backend=ModalBackend(IMAGE), callbacks=[Watch()])
+        with anyio.fail_after(PATIENCE_S):
+            assert await pipeline.arun(text=" a ") == {"cleaned": "a"}
+        assert ("do not come any more" in caplog.text) is (method == "QueueGet")
 
     async def test_large_ones(self, plane, client):
         """Outputs of many megabytes are told while the container runs, though a queue takes small items only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
@@ -41,6 +42,7 @@ from hypernodes.errors import (
 if TYPE_CHECKING:
     import modal
 
+_log = logging.getLogger("hypernodes")
 _MOST_SECONDS = 86_400
 _MOST_IDLE_S = 3_600
 _GPU = re.compile(r"[A-Za-z][\w-]*!?(:[1-9]\d*)?")
@@ -361,6 +363,7 @@ class ModalLine(Line):
 async def _listening(queue: Any, receive: Receive | None, work: Callable[[], Awaitable[T]]) -> T:
     """Do some work; hand over meanwhile what comes through a queue, if there is one."""
     made: list[T] = []
+    deaf: list[Exception] = []
 
     async def beat(crew: Crew) -> None:
         while True:  # noqa: ASYNC110 - that the loop turns is the point
@@ -369,12 +372,18 @@ async def _listening(queue: Any, receive: Receive | None, work: Callable[[], Awa
     async def drain(crew: Crew) -> None:
         assert receive is not None
         joined = _Joined(receive)
-        # Without a timeout: it would raise where nothing comes for so long, as while a container starts.
-        while _END not in (pieces := await queue.get_many.aio(100)):
-            for piece in pieces:
+        try:
+            # Without a timeout: it would raise where nothing comes for so long, as while a container starts.
+            while _END not in (pieces := await queue.get_many.aio(100)):
+                for piece in pieces:
+                    await joined.take(*piece)
+            for piece in pieces[: pieces.index(_END)]:
                 await joined.take(*piece)
-        for piece in pieces[: pieces.index(_END)]:
-            await joined.take(*piece)
+        except Exception as error:  # noqa: BLE001 - nobody loses a run over what callbacks would have been told
+            _log.warning("the events of a run on Modal do not come any more: %s: %s", type(error).__name__, error)
+            deaf.append(error)
+            if not made:
+                return
         crew.stop()
 
     async def all_three(crew: Crew) -> None:
@@ -382,7 +391,7 @@ async def _listening(queue: Any, receive: Receive | None, work: Callable[[], Awa
         if receive is not None:
             crew.start(drain)
         made.append(await work())
-        if receive is None:
+        if receive is None or deaf:
             crew.stop()
             return
         try:
