@@ -5,6 +5,7 @@ import queue
 import textwrap
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,17 @@ except ModuleNotFoundError as missing:
     if os.environ.get("CI"):
         raise
     pytest.skip(f"notebooks need {missing.name}", allow_module_level=True)
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def kernels_here(monkeypatch, tmp_path):
+    """Kernels import this package, and leave nothing in the user's home."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
 
 
 class CellError(Exception):

@@ -7,10 +7,13 @@ from pathlib import Path
 import anyio
 import pytest
 
-from hypernodes import DependencyError, DiskCache, Pipeline, node
+from hypernodes import DependencyError, Pipeline, node
 from hypernodes.backend import LocalBackend
 from hypernodes.events import NodeCached, NodeStored
-from tests._caching import Ran, Telling, of, opened, rebuilt, watched
+from tests import _caching
+from tests._caching import Telling, of, opened, rebuilt, watched
+
+cache, ran = _caching.cache, _caching.ran  # pytest finds fixtures among a module's names
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -27,18 +30,6 @@ class Memory:
     async def set_many(self, entries):
         for key, entry in entries.items():
             self.entries[key] = entry if isinstance(entry, bytes) else b"".join(bytes(part) for part in entry)
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return DiskCache(tmp_path / "cache")
-
-
-@pytest.fixture
-def ran(tmp_path):
-    """Where functions note that they ran."""
-    rebuilt()
-    return Ran(str(tmp_path / "ran"))
 
 
 def told(explanation):

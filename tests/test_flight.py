@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import copyreg
 import gc
 import os
 import random
@@ -196,6 +197,23 @@ async def fail_together(error, waiters=3):
     assert len(raised) == waiters + 1
     assert len(flights) == 0
     return raised
+
+
+async def test_copies_that_share_their_attributes_are_told_apart(monkeypatch):
+    """tblib, which other packages install, has `copy` make errors that share one dict."""
+
+    def shared(error):
+        return _sharing, (type(error), error.args, error.__dict__)
+
+    monkeypatch.setitem(copyreg.dispatch_table, ValueError, shared)
+    raised = await fail_together(ValueError("bad"))
+    assert {each.__notes__[-1] for each in raised} == {f"noted by {name}" for name in ("leader", 0, 1, 2)}
+
+
+def _sharing(kind, args, attributes):
+    error = kind(*args)
+    error.__dict__ = attributes
+    return error
 
 
 @pytest.mark.parametrize(

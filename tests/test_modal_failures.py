@@ -4,9 +4,7 @@ The texts that only Modal's servers know are a model; the client's own exception
 """
 
 import asyncio
-import os
 import time
-from pathlib import Path
 
 import modal
 import modal.runner
@@ -15,12 +13,12 @@ from grpclib import Status
 
 from hypernodes import Pipeline, RemoteExecutionError, node
 from hypernodes.backend import ModalBackend
-from tests import loopback
+from tests import _kernel, loopback
 from tests._kernel import CellError, Kernel
 
 plane, client = loopback.plane, loopback.client
+kernels_here = _kernel.kernels_here
 
-ROOT = Path(__file__).parent.parent
 IMAGE = modal.Image.debian_slim()
 
 
@@ -30,13 +28,10 @@ def measure(data):
 
 
 @pytest.fixture
-def kernel(plane, monkeypatch, tmp_path):
+def kernel(plane, kernels_here, monkeypatch):
     """A Jupyter kernel whose account is on the loopback."""
     for name, value in plane.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     kernel = Kernel()
     yield kernel
     kernel.close()

@@ -6,7 +6,6 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,22 +17,18 @@ except ModuleNotFoundError as missing:
         raise
     pytest.skip(f"notebooks need {missing.name}", allow_module_level=True)
 
-from tests._kernel import CellError, Kernel
+from tests import _kernel
+from tests._kernel import ROOT, CellError, Kernel
 
-ROOT = Path(__file__).parent.parent
+kernels_here = _kernel.kernels_here
+
 NOTEBOOK = ROOT / "notebooks" / "hebrew_retrieval.ipynb"
 
 pytestmark = [
+    pytest.mark.usefixtures("kernels_here"),
     pytest.mark.filterwarnings("default"),  # what Jupyter's own packages warn about is not ours
     pytest.mark.timeout(180),  # a kernel takes seconds to start on a busy machine
 ]
-
-
-@pytest.fixture(autouse=True)
-def _kernels_import_this_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
 
 
 # -- The example notebook

@@ -1,14 +1,12 @@
 """The notebook about Modal, in a real Jupyter kernel, with Modal's own client and containers on the loopback."""
 
 import os
-from pathlib import Path
 
 import pytest
 
-from tests import loopback
+from tests import _kernel, loopback
 
 try:
-    import ipykernel  # noqa: F401
     import nbclient
     import nbformat
 except ModuleNotFoundError as missing:
@@ -17,9 +15,9 @@ except ModuleNotFoundError as missing:
     pytest.skip(f"notebooks need {missing.name}", allow_module_level=True)
 
 plane, nothing_left = loopback.plane, loopback.nothing_left
+kernels_here = _kernel.kernels_here
 
-ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "notebooks" / "modal.ipynb"
+NOTEBOOK = _kernel.ROOT / "notebooks" / "modal.ipynb"
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # what Jupyter's own packages warn about is not ours
@@ -28,13 +26,10 @@ pytestmark = [
 
 
 @pytest.fixture
-def executed(plane, monkeypatch, tmp_path):
+def executed(plane, kernels_here, monkeypatch):
     """What each cell printed, by its id."""
     for name, value in plane.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     monkeypatch.setenv("HYPERNODES_NOTEBOOK_VOLUME", f"/tmp/loopback-{os.getpid()}-notebook")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()

@@ -24,7 +24,7 @@ from hypernodes._threads import current_async_library, default_threads, in_threa
 from hypernodes.backend._entry import Shared, run_payload
 from hypernodes.backend._handle import RemoteCall
 from hypernodes.backend._image import modal_image
-from hypernodes.backend._modal_calls import begun, end_call, reply_of, spawned
+from hypernodes.backend._modal_calls import end_call, reply_of, running, spawned
 from hypernodes.backend._remote import Line, Placing, RemoteBackend
 from hypernodes.backend._replay import Receive
 from hypernodes.backend._site import Site, site_of
@@ -226,10 +226,7 @@ class ModalBackend(RemoteBackend):
     async def _app(self, *, detach: bool = False) -> AsyncIterator[Any]:
         """Run an app of its own, which ends with the block; give its function."""
         app, function = self._defined()
-        running = app.run.aio(environment_name=self._environment, detach=detach)
-        async with contextlib.AsyncExitStack() as stack:
-            await begun(app, running)
-            stack.push_async_exit(running)
+        async with running(app, app.run.aio(environment_name=self._environment, detach=detach)):
             yield function
 
     def _defined(self) -> tuple[Any, Any]:

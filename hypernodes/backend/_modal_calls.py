@@ -2,59 +2,63 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
 import anyio
 
-from hypernodes._crew import Crew, unbroken
+from hypernodes._crew import unbroken
 
 _CREATED_S = 10.0
 """Seconds that who leaves waits for the id of the app that is to be ended."""
 _POLL_S = 0.005
 
 
-async def begun(app: Any, running: contextlib.AbstractAsyncContextManager[Any]) -> None:
-    """Begin to run an app; who leaves meanwhile leaves nothing running.
+@contextlib.asynccontextmanager
+async def running(app: Any, manager: contextlib.AbstractAsyncContextManager[Any]) -> AsyncIterator[None]:
+    """Run an app for as long as the block; who leaves, at whatever moment, leaves nothing running.
 
-    Modal's client does not end an app if it is cancelled before it has been told the app's id.
+    It begins and ends in a task of its own, which a cancellation reaches once: anyio cancels a task again at each of its
+    waits, and each of these would reach the request by which Modal's client ends the app.
     """
-    began, ended, left = [], anyio.Event(), anyio.Event()
-    beginning = anyio.CancelScope(shield=True)
+    loop = asyncio.get_running_loop()
+    begun, leave = loop.create_future(), asyncio.Event()
 
-    async def begin(_: Crew) -> None:
-        try:
-            with beginning:
-                began.append(await running.__aenter__())
-        finally:
-            ended.set()
+    async def hold() -> None:
+        async with manager:
+            begun.set_result(None)
+            await leave.wait()
 
-    async def end() -> None:
-        await running.__aexit__(None, None, None)
-
-    async def cancel_late(_: Crew) -> None:
-        with anyio.CancelScope(shield=True):
-            await left.wait()
-            with anyio.move_on_after(_CREATED_S):
-                while not (ended.is_set() or app.app_id):  # noqa: ASYNC110 - nothing tells of it
-                    await anyio.sleep(_POLL_S)
-            beginning.cancel()
-
-    async def both(crew: Crew) -> None:
-        crew.start(begin)
-        crew.start(cancel_late)
-        try:
-            await ended.wait()
-        finally:
-            left.set()
-
+    task = loop.create_task(hold())
     try:
-        await Crew.run(both)
-    except anyio.get_cancelled_exc_class():
-        if began:
-            await unbroken(end)
+        await asyncio.wait([task, begun], return_when=asyncio.FIRST_COMPLETED)
+        if begun.done():
+            yield
+    except asyncio.CancelledError:
+        await unbroken(partial(_cancel, app, task))
         raise
+    finally:
+        leave.set()
+        await unbroken(partial(_ended, task))
+    await task  # raises what went wrong with the app
+
+
+async def _cancel(app: Any, task: asyncio.Task[None]) -> None:
+    """Cancel the task that runs an app, once Modal's client knows which one: it would not end another."""
+    with anyio.move_on_after(_CREATED_S):
+        while not (task.done() or app.app_id):  # noqa: ASYNC110 - nothing tells of it
+            await anyio.sleep(_POLL_S)
+    task.cancel()
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """Wait for a task; what it raised is for others to raise."""
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()
 
 
 async def spawned(function: Any, arguments: tuple[Any, ...]) -> Any:

@@ -216,6 +216,8 @@ def _twin(error: Exception) -> Exception:
     # Some classes return themselves, which is no copy.
     if twin is error:
         raise TypeError("not a copy")
+    if twin.__dict__ is error.__dict__:  # as tblib has it, which other packages install
+        twin.__dict__ = dict(error.__dict__)
     twin.__dict__.pop("__notes__", None)
     return twin
 
