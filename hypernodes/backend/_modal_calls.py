@@ -21,8 +21,8 @@ _POLL_S = 0.005
 async def running(app: Any, manager: contextlib.AbstractAsyncContextManager[Any]) -> AsyncIterator[None]:
     """Run an app for as long as the block; who leaves, at whatever moment, leaves nothing running.
 
-    It begins and ends in a task of its own, which a cancellation reaches once: anyio cancels a task again at each of its
-    waits, and each of these would reach the request by which Modal's client ends the app.
+    It begins and ends in a task of its own, which a cancellation reaches once: anyio cancels a task again at each of
+    its waits, and each of these would reach the request by which Modal's client ends the app.
     """
     loop = asyncio.get_running_loop()
     begun, leave = loop.create_future(), asyncio.Event()
