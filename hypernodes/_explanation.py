@@ -99,7 +99,10 @@ class Explanation:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the calls which would run took before, as far as that is known; one after another."""
+        """Seconds that the calls which would run took before, as far as that is known.
+
+        Calls that overlapped shared the time: a thousand that waited a second together count as one second.
+        """
         return sum(each.seconds or 0.0 for each in self.nodes if each.status not in ("hit", "unneeded"))
 
     def __getitem__(self, name: str) -> NodeExplanation:

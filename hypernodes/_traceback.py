@@ -30,6 +30,11 @@ class _UserFrames:
 user_frames = _UserFrames()
 
 
+def bare(error: Exception) -> Exception:
+    """Return an error of a client that we use, to be shown as a cause in one line, without that client's frames."""
+    return error if os.environ.get(FULL) else error.with_traceback(None)
+
+
 def trimmed(trace: TracebackType) -> TracebackType:
     """Return a traceback with its first frame and those of the user's code."""
     if os.environ.get(FULL):

@@ -14,6 +14,7 @@ from grpclib import Status
 
 from hypernodes.backend import modal_image
 from hypernodes.backend._image import as_here
+from hypernodes.errors import DefinitionError
 from tests import loopback
 
 plane, nothing_left = loopback.plane, loopback.nothing_left
@@ -223,6 +224,16 @@ class TestImage:
         assert as_here("numpy") == f"numpy=={version('numpy')}"
         assert as_here("numpy==1.26.4") == "numpy==1.26.4"
         assert as_here("no-such-package-here") == "no-such-package-here"
+
+    def test_a_module_of_the_project(self, tmp_path, monkeypatch):
+        """A module of one's own is refused, and not looked for in PyPI; with a version it is a package."""
+        (tmp_path / "my_own_library.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(DefinitionError, match=r'add_local_python_source\("my_own_library"\)'):
+            modal_image("numpy", "my_own_library")
+        assert modal_image("my_own_library==1.0")
+        with pytest.raises(DefinitionError, match="names of packages"):
+            modal_image(["numpy"])
 
     def test_it_is_an_image(self):
         """It can be added to, like any of Modal's."""

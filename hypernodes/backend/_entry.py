@@ -19,6 +19,7 @@ from hypernodes._map_run import Columns
 from hypernodes._mapping import Rows
 from hypernodes._plan import ExecutionPlan
 from hypernodes._run import BoundKey, Job, Run, saving
+from hypernodes._traceback import trimmed
 from hypernodes.backend._local import LocalBackend
 from hypernodes.backend._message import packed, unpacked
 from hypernodes.backend._wire import Travelling, dump_error, find_unpicklable, with_error
@@ -306,14 +307,16 @@ def _unreadable(error: Exception) -> Exception:
     if isinstance(error, RemoteExecutionError):
         return error
     if isinstance(error, ModuleNotFoundError):
+        top = (error.name or "").partition(".")[0]
         advice = (
             f"there is no module {error.name!r}: add it to the image, an installed package with pip_install, "
-            f"one of your own with add_local_python_source({(error.name or '').partition('.')[0]!r})"
+            f"one of your own with add_local_python_source({top!r}); "
+            f"on Dask, install it on the workers, or send them client.upload_file('{top}.py')"
         )
     else:
         advice = f"{type(error).__name__}: {error}"
     unreadable = RemoteExecutionError(f"the pipeline cannot be rebuilt on the other machine: {advice}")
-    unreadable.__cause__ = error
+    unreadable.__cause__ = error if error.__traceback__ is None else error.with_traceback(trimmed(error.__traceback__))
     return unreadable
 
 

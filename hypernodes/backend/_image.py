@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from hypernodes.errors import RemoteExecutionError
+from hypernodes.errors import DefinitionError, RemoteExecutionError
 
 if TYPE_CHECKING:
     import modal
@@ -26,7 +26,11 @@ def modal_image(*packages: str) -> modal.Image:
 
     Raises:
         RemoteExecutionError: Modal's client is not installed.
+        DefinitionError: a name is not text, or is that of a module of this project, which no registry has: add it with
+            ``.add_local_python_source("name")``.
     """
+    for package in packages:
+        _refuse_own(package)
     try:
         import modal
     except ModuleNotFoundError as error:
@@ -41,3 +45,17 @@ def as_here(package: str) -> str:
         return f"{package}=={version(package).partition('+')[0]}"
     except (PackageNotFoundError, ValueError):
         return package
+
+
+def _refuse_own(package: str) -> None:
+    """Raise an error for a module of this project: pip would look for a stranger's package of that name."""
+    from hypernodes.backend._site import is_local
+
+    if not isinstance(package, str):
+        raise DefinitionError(f'modal_image takes names of packages, such as modal_image("numpy"), not {package!r}')
+    if as_here(package) == package and is_local(package):
+        raise DefinitionError(
+            f"{package!r} is a module of this project, and no package is installed by that name: "
+            f'modal_image(...).add_local_python_source("{package}"); a package that is called so too needs a version, '
+            f'such as "{package}==1.0"'
+        )

@@ -21,6 +21,7 @@ from hypernodes._crew import Crew, unbroken
 from hypernodes._node import checked_count, checked_seconds
 from hypernodes._run import Mode
 from hypernodes._threads import current_async_library, default_threads, in_thread
+from hypernodes._traceback import bare
 from hypernodes.backend._entry import Shared, run_payload
 from hypernodes.backend._handle import RemoteCall
 from hypernodes.backend._image import modal_image
@@ -63,6 +64,8 @@ _POSTED_BYTES = 512 << 10
 """Of one item of a queue, which takes a mebibyte."""
 _END = ("", 0, 0, b"")
 """Follows the last piece of an event in a queue."""
+_A_RUN = "the run"
+"""What errors call a run that is known by its id alone."""
 _BEAT_S = 0.25
 """Seconds between two turns of a loop that only waits: Jupyter's interrupt is noticed when it turns."""
 
@@ -159,6 +162,8 @@ class ModalBackend(RemoteBackend):
         self._environment = environment
         self._deployed = deployed
         if deployed is not None:
+            if not isinstance(deployed, str) or not deployed:
+                raise DefinitionError(f"deployed of ModalBackend is the name of an app, not {deployed!r}")
             _refuse_options(image, self._options)
         self._kept: _Kept | None = None
 
@@ -217,9 +222,9 @@ class ModalBackend(RemoteBackend):
             await function.hydrate.aio()
         except modal.exception.NotFoundError as error:
             raise RemoteExecutionError(
-                f"no app {self._deployed!r} is deployed ({error}): deploy it with "
-                f"ModalBackend(image, ...).adeploy({self._deployed!r})"
-            ) from error
+                f"no app {self._deployed!r} is deployed ({_said(error)}): deploy it with "
+                f"ModalBackend(image, ...).deploy({self._deployed!r})"
+            ) from bare(error)
         return function
 
     @contextlib.asynccontextmanager
@@ -471,7 +476,7 @@ class ModalCall(RemoteCall):
     async def reply(self, seconds: float | None) -> bytes:
         """Wait for the reply, at most so long."""
         _need_asyncio()
-        with _translated("the run"):
+        with _translated(_A_RUN):
             return await self._call.get.aio(timeout=seconds)  # type: ignore[no-any-return]
 
     def is_end(self, error: ExecutionError) -> bool:
@@ -483,7 +488,7 @@ class ModalCall(RemoteCall):
     async def cancel(self) -> None:
         """End the call and its container."""
         _need_asyncio()
-        with _translated("the run"):
+        with _translated(_A_RUN):
             await self._call.cancel.aio(terminate_containers=True)
 
 
@@ -531,7 +536,7 @@ def _translated(what: str, but: Collection[int] = (), sent: int = 0) -> Any:
     except theirs.Error as error:
         if id(error) in but:
             raise
-        raise _ours(what, error, sent) from error
+        raise _ours(what, error, sent) from bare(error)
 
 
 def _ours(what: str, error: Exception, sent: int) -> ExecutionError:
@@ -546,11 +551,16 @@ def _ours(what: str, error: Exception, sent: int) -> ExecutionError:
         case theirs.FunctionTimeoutError():
             return RemoteTimeoutError(f"{what} took longer in its container than the backend's timeout allows")
         case theirs.InternalFailure() | theirs.InternalError():
-            return WorkerCrashedError(f"the container that ran {what} died ({error}): out of memory, or a crash")
+            return WorkerCrashedError(f"the container that ran {what} died ({_said(error)}): out of memory, or a crash")
         case theirs.ConnectionError():
             return RemoteExecutionError(
                 f"Modal's servers do not answer ({error}): is this machine online? What ran there ends when its app is "
                 f"not heard of any more"
+            )
+        case theirs.NotFoundError() if what == _A_RUN:
+            return RemoteExecutionError(
+                f"Modal knows no such run ({_said(error)}): its id is what RunHandle.id was, and only the "
+                f"account and the environment that started it know it, for some days"
             )
     said = f"Modal could not run {what}: {type(error).__name__}: {error}"
     if sent > _BLOB_BYTES:
@@ -559,6 +569,10 @@ def _ours(what: str, error: Exception, sent: int) -> ExecutionError:
             f"volumes=..., and send their paths"
         )
     return RemoteExecutionError(said)
+
+
+def _said(error: Exception) -> str:
+    return str(error).rstrip(".")
 
 
 def _checked(value: Any, kind: type, option: str, example: str) -> Any:

@@ -17,6 +17,7 @@ from hypernodes._node import checked_count
 from hypernodes._plan import ExecutionPlan, PlanStep, tokens_of
 from hypernodes._run import Job, Mode, Run, Sink
 from hypernodes._threads import default_threads, in_thread
+from hypernodes._traceback import user_frames
 from hypernodes.backend._base import Backend
 from hypernodes.backend._entry import ItemsReply
 from hypernodes.backend._handle import RunHandle
@@ -188,7 +189,8 @@ class RemoteBackend(Backend):
         self, pipeline: Pipeline, inputs: Mapping[str, Any] | None = None, map_over: str | Sequence[str] | None = None
     ) -> Preflight:
         """:meth:`acheck` from sync code."""
-        return run_sync(lambda: self.acheck(pipeline, inputs, map_over))
+        with user_frames:
+            return run_sync(lambda: self.acheck(pipeline, inputs, map_over))
 
     async def _answer(self, job: Job, emit: Emit | None, rows: list[tuple[Any, ...]] | None = None) -> Any:
         replay = Replay(emit)
