@@ -26,6 +26,7 @@ from hypernodes.backend._entry import Shared, run_payload
 from hypernodes.backend._handle import RemoteCall
 from hypernodes.backend._image import modal_image
 from hypernodes.backend._modal_calls import end_call, reply_of, running, spawned
+from hypernodes.backend._modal_errors import A_RUN, said_by, translated
 from hypernodes.backend._remote import Line, Placing, RemoteBackend
 from hypernodes.backend._replay import Receive
 from hypernodes.backend._site import Site, site_of
@@ -34,9 +35,7 @@ from hypernodes.errors import (
     DefinitionError,
     ExecutionError,
     RemoteExecutionError,
-    RemoteTimeoutError,
     SerializationError,
-    WorkerCrashedError,
     quoted,
 )
 
@@ -51,8 +50,6 @@ ENTRY = "run_job"
 """The name of the function that every app has."""
 CONTAINERS = 10
 """How many containers a distributed map takes where ``max_containers`` does not say."""
-_BLOB_BYTES = 2 << 20
-"""Above this Modal's client sends arguments as a file of their own."""
 _INLINE_BYTES = 1 << 20
 _PIECE_BYTES = 16 << 20
 T = TypeVar("T")
@@ -64,8 +61,6 @@ _POSTED_BYTES = 512 << 10
 """Of one item of a queue, which takes a mebibyte."""
 _END = ("", 0, 0, b"")
 """Follows the last piece of an event in a queue."""
-_A_RUN = "the run"
-"""What errors call a run that is known by its id alone."""
 _BEAT_S = 0.25
 """Seconds between two turns of a loop that only waits: Jupyter's interrupt is noticed when it turns."""
 
@@ -197,7 +192,7 @@ class ModalBackend(RemoteBackend):
                 own.add(id(error))
                 raise
 
-        with _translated(label, own):
+        with translated(label, own):
             async with contextlib.AsyncExitStack() as stack:
                 if kept is not None:
                     function = kept.function
@@ -222,7 +217,7 @@ class ModalBackend(RemoteBackend):
             await function.hydrate.aio()
         except modal.exception.NotFoundError as error:
             raise RemoteExecutionError(
-                f"no app {self._deployed!r} is deployed ({_said(error)}): deploy it with "
+                f"no app {self._deployed!r} is deployed ({said_by(error)}): deploy it with "
                 f"ModalBackend(image, ...).deploy({self._deployed!r})"
             ) from bare(error)
         return function
@@ -245,7 +240,7 @@ class ModalBackend(RemoteBackend):
         if self._deployed is not None:
             raise DefinitionError("a deployed app stays as it is; `async with` is for a ModalBackend without deployed=")
         if self._kept is None:
-            with _translated("the app"):
+            with translated("the app"):
                 app = self._app()
                 opened = _Kept(app, await app.__aenter__())
             if self._kept is None:
@@ -263,7 +258,7 @@ class ModalBackend(RemoteBackend):
         kept.holders -= 1
         if not kept.holders:
             self._kept = None
-            with _translated("the app"):
+            with translated("the app"):
                 await unbroken(kept.close)
 
     async def adeploy(self, name: str) -> None:
@@ -273,7 +268,7 @@ class ModalBackend(RemoteBackend):
         """
         _need_asyncio()
         app, _ = self._defined()
-        with _translated(f"deploying {name!r}"):
+        with translated(f"deploying {name!r}"):
             await app.deploy.aio(name=name, environment_name=self._environment)
 
     def deploy(self, name: str) -> None:
@@ -285,7 +280,7 @@ class ModalBackend(RemoteBackend):
         _need_asyncio()
         calls: list[Any] = []
         try:
-            with _translated(label, sent=len(payload)):
+            with translated(label, sent=len(payload)):
                 async with contextlib.AsyncExitStack() as stack:
                     if self._deployed is not None:
                         function = await self._found()
@@ -345,7 +340,7 @@ class ModalLine(Line):
     async def call(self, payload: bytes, shared: SharedRef | None = None) -> bytes:
         """Call once."""
         arguments = (payload, self._volumes, self.queue, shared)
-        with _translated("the pipeline", sent=len(payload)):
+        with translated("the pipeline", sent=len(payload)):
             if self._alone:
                 return await self._function.remote.aio(*arguments)  # type: ignore[no-any-return]
             return await reply_of(self._function, arguments)
@@ -476,7 +471,7 @@ class ModalCall(RemoteCall):
     async def reply(self, seconds: float | None) -> bytes:
         """Wait for the reply, at most so long."""
         _need_asyncio()
-        with _translated(_A_RUN):
+        with translated(A_RUN):
             return await self._call.get.aio(timeout=seconds)  # type: ignore[no-any-return]
 
     def is_end(self, error: ExecutionError) -> bool:
@@ -488,7 +483,7 @@ class ModalCall(RemoteCall):
     async def cancel(self) -> None:
         """End the call and its container."""
         _need_asyncio()
-        with _translated(_A_RUN):
+        with translated(A_RUN):
             await self._call.cancel.aio(terminate_containers=True)
 
 
@@ -520,59 +515,6 @@ def _modal() -> Any:
     except ModuleNotFoundError as error:
         raise RemoteExecutionError('ModalBackend needs Modal\'s client: pip install "hypernodes[modal]"') from error
     return modal
-
-
-@contextlib.contextmanager
-def _translated(what: str, but: Collection[int] = (), sent: int = 0) -> Any:
-    """Raise one clear error of ours for what Modal's client raises, with its own as the cause.
-
-    Errors whose ids are in ``but`` stay as they are: a node may use Modal, and its errors are the user's. ``sent`` is
-    how many bytes were to go out.
-    """
-    import modal.exception as theirs
-
-    try:
-        yield
-    except theirs.Error as error:
-        if id(error) in but:
-            raise
-        raise _ours(what, error, sent) from bare(error)
-
-
-def _ours(what: str, error: Exception, sent: int) -> ExecutionError:
-    import modal.exception as theirs
-
-    match error:
-        case theirs.AuthError():
-            return RemoteExecutionError(
-                f"Modal refuses the account ({error}): run `modal token new`, or set MODAL_TOKEN_ID and "
-                f"MODAL_TOKEN_SECRET"
-            )
-        case theirs.FunctionTimeoutError():
-            return RemoteTimeoutError(f"{what} took longer in its container than the backend's timeout allows")
-        case theirs.InternalFailure() | theirs.InternalError():
-            return WorkerCrashedError(f"the container that ran {what} died ({_said(error)}): out of memory, or a crash")
-        case theirs.ConnectionError():
-            return RemoteExecutionError(
-                f"Modal's servers do not answer ({error}): is this machine online? What ran there ends when its app is "
-                f"not heard of any more"
-            )
-        case theirs.NotFoundError() if what == _A_RUN:
-            return RemoteExecutionError(
-                f"Modal knows no such run ({_said(error)}): its id is what RunHandle.id was, and only the "
-                f"account and the environment that started it know it, for some days"
-            )
-    said = f"Modal could not run {what}: {type(error).__name__}: {error}"
-    if sent > _BLOB_BYTES:
-        said += (
-            f"; {sent / 2**20:.1f} MiB were to be sent: put large inputs into a modal.Volume, mount it with "
-            f"volumes=..., and send their paths"
-        )
-    return RemoteExecutionError(said)
-
-
-def _said(error: Exception) -> str:
-    return str(error).rstrip(".")
 
 
 def _checked(value: Any, kind: type, option: str, example: str) -> Any:
