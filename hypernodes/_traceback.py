@@ -23,8 +23,10 @@ class _UserFrames:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and trace is not None:
+        if isinstance(error, Exception | KeyboardInterrupt) and trace is not None:
             error.with_traceback(trimmed(trace))
+        if isinstance(error, KeyboardInterrupt) and not os.environ.get(FULL):
+            error.__suppress_context__ = True  # how the event loop was cancelled
 
 
 user_frames = _UserFrames()
