@@ -23,6 +23,9 @@ from hypernodes.errors import UncacheableError
 MOST_EACH = 4
 """Results of one node that are held, by its inputs; the one used longest ago goes first."""
 
+PATIENCE_S = 600.0
+"""Seconds that a call waits for the making on another event loop; a model may take minutes to load."""
+
 _Name = tuple[str, str, tuple[str, ...]]
 _log = logging.getLogger("hypernodes")
 
@@ -44,7 +47,7 @@ class _Everything:
         self._lock = threading.Lock()
         self._held: dict[_Name, _Held] = {}
         self._said: set[_Name] = set()
-        self.flights = Flights()
+        self.flights = Flights(PATIENCE_S)
 
     def get(self, name: _Name, prefix: bytes, key: bytes) -> list[Any]:
         """Return the result in a list, which is empty if there is none."""
@@ -112,7 +115,7 @@ async def kept(
 
     if not asked_anew and (found := _everything.get(name, prefix, key)):
         return found[0]
-    result, _ = await _everything.flights.once(key, compute)
+    result, _ = await _everything.flights.once((name, key), compute)
     return result
 
 

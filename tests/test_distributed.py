@@ -5,6 +5,7 @@ What a container adds to it is tested in test_modal_distributed.py.
 
 import asyncio
 import math
+import os
 import threading
 from collections import Counter
 
@@ -23,10 +24,11 @@ from hypernodes import (
     WorkerCrashedError,
     node,
 )
-from hypernodes.backend import RemoteBackend
+from hypernodes.backend import LocalBackend, RemoteBackend
 from hypernodes.backend._entry import Shared, run_payload
 from hypernodes.backend._message import packed, unpacked, unpacked_reply
 from hypernodes.backend._remote import Line
+from hypernodes.events import Emitter, ItemFailed
 
 pytestmark = pytest.mark.anyio
 
@@ -203,6 +205,28 @@ async def test_a_poisoned_item_fails_alone(anyio_backend):
     assert isinstance(failure.error.__cause__, WorkerCrashedError)
     with pytest.raises(WorkerCrashedError, match=r"item 13"):
         await pipeline.amap({"x": range(32)}, "x")
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+async def test_an_item_whose_machine_died_is_told_as_failed(anyio_backend, elsewhere):
+    """So that who counts items comes to the end; on other machines, and in worker processes here."""
+    backend = (
+        Place(hook=deadly(3), chunk_size=2) if elsewhere else LocalBackend(map_execution="parallel", max_workers=1)
+    )
+    pipeline = Pipeline([node("y")(double.func if elsewhere else die_of_three)], name="p", backend=backend)
+    failed = []
+
+    emit = Emitter(lambda event: failed.append((event.index, event.path)), frozenset({ItemFailed}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "_emit", lambda self, job: emit)
+        await pipeline.amap({"x": range(6)}, "x", on_error="collect")
+    assert failed == [(3, ("p", 3))]
+
+
+def die_of_three(x):
+    if x == 3:
+        os._exit(1)
+    return x
 
 
 async def test_every_item_poisoned(anyio_backend):

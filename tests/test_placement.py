@@ -116,11 +116,12 @@ async def test_a_slow_function_never_moves_to_the_loop():
 
 
 async def test_a_cheap_function_in_a_map_moves_to_the_loop():
-    """Items of one map count as calls: a long map of cheap calls ends up on the loop."""
+    """Items of one map count as calls: most of a long map of cheap calls run on the loop."""
     pipeline = Pipeline([node("place")(Place())])
     places = (await pipeline.amap({"x": range(MANY)}, "x"))["place"]
     assert places[0] != threading.get_ident()
-    assert places[-1] == threading.get_ident()
+    # Not all at the end: a call that the machine interrupts for long is slow, and the function goes back for a while.
+    assert places.count(threading.get_ident()) > MANY / 4
 
 
 @pytest.mark.parametrize("run_in", ["auto", "thread"])

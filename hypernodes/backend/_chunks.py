@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections import deque
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,7 @@ from hypernodes._trace import Trace
 from hypernodes.backend._chunking import MOST_ITEMS, Chunk, Chunks
 from hypernodes.backend._wire import Travelling, load_error, loads, packed, packed_checked, with_error
 from hypernodes.errors import SerializationError, WorkerCrashedError
-from hypernodes.events import Event, format_path
+from hypernodes.events import Event, ItemFailed, format_path
 
 if TYPE_CHECKING:
     from hypernodes.backend._process import WorkerPool, WorkerProcess
@@ -245,6 +246,9 @@ class ChunkedMap:
                 f"the worker process (pid {pid}) that ran item {index} ({format_path(path)}) {describe_end(status)}"
             )
             self.scope.run.blame(error, path)
+            emit = self.scope.emit
+            if emit is not None and ItemFailed in emit.kinds:
+                emit(ItemFailed(self.scope.run.run_id, path, time.time(), index, error))
             self.failed(chunk, index, error)
 
 

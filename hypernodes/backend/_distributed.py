@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,14 +15,14 @@ from hypernodes.backend._remote import Line, RemoteBackend, Taker, opened, packe
 from hypernodes.backend._replay import Replay
 from hypernodes.backend._wire import load_error
 from hypernodes.errors import RemoteTimeoutError, SerializationError, WorkerCrashedError
-from hypernodes.events import Emit, format_path
+from hypernodes.events import Emit, ItemFailed, format_path
 
 TARGET_BYTES = 32 * 2**20
 """How large what a call brings or takes should be at most."""
 ATTEMPTS = 2
 """How often a chunk is tried whose container dies, before its items are told apart."""
-_MOST_DEATHS = 8
-"""How many containers may die, for each call under way at once, before any of them has finished a chunk."""
+_MOST_DEATHS = 12
+"""How many containers may die before any of them has finished a chunk, besides two for each call under way at once."""
 
 
 class DistributedMap:
@@ -109,7 +110,7 @@ class DistributedMap:
     def _died(self, chunk: Chunk, error: WorkerCrashedError) -> None:
         """Try a chunk again whose container died; if it dies again, find out which item does it."""
         self._deaths += 1
-        if not self._proven and self._deaths >= _MOST_DEATHS * self._lanes:
+        if not self._proven and self._deaths >= _MOST_DEATHS + 2 * self._lanes:
             raise WorkerCrashedError(
                 f"{self._deaths} containers that ran {self._job.plan.label} died before one had finished a chunk; "
                 f"the last one: {error}"
@@ -140,6 +141,7 @@ class DistributedMap:
             told.__cause__ = error
             error = told
         self._run.blame(error, path)
+        self._replay.tell_own(ItemFailed(self._run.run_id, path, time.time(), chunk.first, error))
         self._taker.failed(chunk.first, chunk.rows[0], error)
 
 

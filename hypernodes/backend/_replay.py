@@ -60,6 +60,11 @@ class Replay:
             if type(event) in self._emit.kinds:
                 self._emit(with_error(event, load_error))
 
+    def tell_own(self, event: ev.Event) -> None:
+        """Tell an event of this process."""
+        if type(event) in self._emit.kinds:
+            self._emit(event)
+
     def begin(self, call: int) -> None:
         """Note that a call is under way."""
         self._open.add(call)

@@ -39,9 +39,11 @@ _lock = threading.RLock()
 class Flights:
     """What is being computed for one cache in this process, by key."""
 
-    __slots__ = ("__weakref__", "_flying")
+    __slots__ = ("__weakref__", "_flying", "patience_s")
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float | None = None) -> None:
+        self.patience_s = patience_s
+        """Seconds that a caller waits for a leader on another event loop; None for ``ACROSS_LOOPS_S``."""
         self._flying: dict[Hashable, _Flight] = {}
         _everywhere.add(self)
 
@@ -238,7 +240,7 @@ async def _landing(flight: _Flight, outer: _Flight | None) -> bool:
                 await waiter.wait()
             else:
                 # What the leader waits for there cannot be known, such as a token that this caller holds.
-                with anyio.move_on_after(ACROSS_LOOPS_S):
+                with anyio.move_on_after(flight.home.patience_s or ACROSS_LOOPS_S):
                     await waiter.wait()
     finally:
         with _lock:
