@@ -260,6 +260,7 @@ class TestModules:
         backend = ModalBackend(image)
         found = backend.check(Pipeline([node("x")(module.f)]), {"text": 1})
         assert "perhaps_there" not in str(found.problems)
+        assert "'perhaps_there' is a module of this project, and perhaps not there" in said(found.warnings)
         backend.require(["perhaps_there"])
 
     def test_a_volume_or_a_deployed_app_may_have_it(self, project):

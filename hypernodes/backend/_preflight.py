@@ -280,7 +280,7 @@ def _local(modules: Iterable[str], site: Site, advice: str) -> Iterator[tuple[bo
     """Yield the project's own modules that are not there, and whether that is certain; also those that they use."""
     found = {module.partition(".")[0]: site.lacks(module) for module in reached(modules)}
     for top, lacking in sorted(found.items()):
-        if lacking or (not site.complete and top not in site.modules):
+        if lacking or (top not in site.modules and is_local(top)):
             what = "is a module of this project, and not in the image"
             perhaps = "is a module of this project, and perhaps not there"
             yield lacking, Finding(repr(top), what if lacking else perhaps, advice.format(top))
