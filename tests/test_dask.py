@@ -27,7 +27,7 @@ from hypernodes import (
     node,
 )
 from hypernodes.backend import DaskBackend, LocalBackend
-from tests._dask_cluster import Cluster, await_file
+from tests._dask_cluster import PATIENCE_S, ROOT, Cluster, await_file
 
 
 @pytest.fixture(scope="module")
@@ -305,15 +305,25 @@ class TestSyncCode:
             with pytest.raises(RemoteExecutionError, match=r"await arun\(\)"):
                 text_pipeline(client).run(text="a")
 
-    def test_a_local_cluster(self):
-        """Workers that are processes of a LocalCluster, and workers that are threads of this process."""
-        for processes in (True, False):
-            with (
-                LocalCluster(n_workers=2, threads_per_worker=1, processes=processes, dashboard_address=":0") as local,
-                Client(local, set_as_default=False) as client,
-            ):
-                sizes = text_pipeline(client).map({"text": ["a", " bb "] * 20}, "text")["size"]
-                assert sizes == [1, 2] * 20
+    @pytest.mark.parametrize("processes", [True, False])
+    def test_a_local_cluster(self, processes):
+        """Workers that are processes of a LocalCluster, and threads of the caller's process: in a process of its own.
+
+        Python's resource tracker, which the cluster starts, lives as long as the process.
+        """
+        program = f"from tests.test_dask import map_on_a_local_cluster; print(map_on_a_local_cluster({processes}))"
+        command = [sys.executable, "-c", program]
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
+        assert ended.stdout == f"{[1, 2] * 20}\n", ended.stderr
+
+
+def map_on_a_local_cluster(processes):
+    """Map the pipeline of texts there."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=processes, dashboard_address=":0") as local,
+        Client(local, set_as_default=False) as client,
+    ):
+        return text_pipeline(client).map({"text": ["a", " bb "] * 20}, "text")["size"]
 
 
 class Watch(PipelineCallback):
