@@ -66,7 +66,7 @@ class PlaceLine(Line):
 
     async def call(self, payload, shared=None):
         place = self._place
-        rows = unpacked(payload)[1]["rows"]
+        rows = unpacked(payload)[1]["rows"] or ()
         place.chunks.append([row[0] for row in rows])
         place.active += 1
         place.most_active = max(place.most_active, place.active)
@@ -438,6 +438,43 @@ class TestLimits:
         limits = {"few": anyio.CapacityLimiter(5)}
         await Pipeline([limited], limits=limits, backend=Place(width=1, chunk_size=20)).amap({"x": range(20)}, "x")
         assert MOST == {"one": 5}
+
+    @pytest.mark.parametrize("mode", ["single", "distributed"])
+    @pytest.mark.parametrize("limiter", [False, True])
+    async def test_a_limit_holds_over_many_runs_on_other_machines(self, anyio_backend, mode, limiter):
+        """A nested pipeline of which many run there at once waits for tokens, each in turn."""
+        MOST.clear()
+        place = Place(mode=mode)
+        inner = Pipeline([limited], name="inner", backend=place).as_node(name="inner")
+        middle = Pipeline([inner, node("two")(free)], name="middle").as_node(map_over="x")
+        few = anyio.CapacityLimiter(3) if limiter else 3
+        await Pipeline([middle], limits={"few": few}).arun(x=list(range(20)))
+        assert MOST["one"] == 3
+        assert MOST["free"] > 3
+
+    async def test_a_run_elsewhere_takes_what_is_free(self, anyio_backend):
+        """A single run with a map inside has all tokens, where nobody else wants one, and gives them back."""
+        MOST.clear()
+        inner = Pipeline([limited], name="inner").as_node(map_over="x")
+        outer = Pipeline([inner], name="outer", backend=Place(mode="single")).as_node(name="outer")
+        pipeline = Pipeline([outer], limits={"few": 4})
+        for _ in range(2):
+            await pipeline.arun(x=list(range(20)))
+        assert MOST == {"one": 4}
+
+    async def test_what_waits_for_a_token_can_be_cancelled(self, anyio_backend):
+        """And gives back what it has taken."""
+        few = anyio.CapacityLimiter(1)
+        inner = Pipeline([limited], name="inner", backend=Place(mode="single")).as_node(name="inner")
+        pipeline = Pipeline([inner], limits={"few": few})
+        borrower = object()
+        await few.acquire_on_behalf_of(borrower)
+        with anyio.move_on_after(0.05) as scope:
+            await pipeline.arun(x=1)
+        assert scope.cancelled_caught
+        few.release_on_behalf_of(borrower)
+        await pipeline.arun(x=1)
+        assert few.borrowed_tokens == 0
 
     async def test_items_at_once_hold_over_all_machines(self, anyio_backend):
         """max_concurrency of a call is shared out too."""

@@ -23,6 +23,7 @@ from hypernodes.backend._entry import ItemsReply
 from hypernodes.backend._handle import RunHandle
 from hypernodes.backend._message import packed, unpacked_reply
 from hypernodes.backend._replay import Receive, Replay
+from hypernodes.backend._shares import sharing
 from hypernodes.backend._site import Site, is_local
 from hypernodes.backend._wire import find_unpicklable, load_error
 from hypernodes.errors import DefinitionError, RemoteExecutionError, SerializationError
@@ -118,15 +119,20 @@ class RemoteBackend(Backend):
 
     async def arun(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:
         """Run a job there and return the wanted outputs by name."""
-        outputs: dict[str, Any] = await self._answer(job, emit)
+        async with sharing(job) as sharer:
+            outputs: dict[str, Any] = await self._answer(sharer, emit)
         return outputs
 
     async def amap(self, job: Job, sink: Sink, emit: Emit | None = None) -> None:
         """Run a job there for each row of its feed: in one call, whose results come when all are done, or in chunks."""
         assert job.map is not None
-        if self.mode == "distributed":
-            await self._distributed(job, sink, emit)
-            return
+        async with sharing(job) as sharer:
+            if self.mode == "distributed":
+                await self._distributed(sharer, sink, emit)
+            else:
+                await self._single(sharer, sink, emit)
+
+    async def _single(self, job: Job, sink: Sink, emit: Emit | None) -> None:
         rows = await _all_rows(job)
         run = job.run or Run(job.run_id, emit)
         answer: ItemsReply = await self._answer(job, emit, rows)
