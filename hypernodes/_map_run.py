@@ -19,7 +19,7 @@ RunItem = Callable[[Scope, Program, list[Any], int, "MapRun"], Awaitable[None]]
 class Columns:
     """A sink that gathers a list for each output, in input order."""
 
-    __slots__ = ("_first", "_names", "digests", "failures", "lazy", "lists", "traced")
+    __slots__ = ("_first", "_names", "_only", "digests", "failures", "lazy", "lists", "traced")
 
     bounded = False
     window = None
@@ -35,6 +35,7 @@ class Columns:
         self.digests: list[list[Any]] = [[None] * count for _ in names] if traced else []
         """Of items that have finished in a run with a cache."""
         self.lists: list[list[Any]] = [[None] * count for _ in names]
+        self._only = self.lists[0] if len(self.lists) == 1 else None  # the usual case, for which zip() is slow
         self.failures: list[ItemFailure] = []
 
     def full(self, taken: int) -> bool:
@@ -50,8 +51,11 @@ class Columns:
         if digests is not None and self.traced:
             for known, digest in zip(self.digests, digests, strict=True):
                 known[index] = digest
-        for column, value in zip(self.lists, outputs, strict=True):
-            column[index] = value
+        if self._only is not None:
+            self._only[index] = outputs[0]
+        else:
+            for column, value in zip(self.lists, outputs, strict=True):
+                column[index] = value
 
     def fail(self, failure: ItemFailure) -> None:
         """Note a failure; its position holds None."""
@@ -145,6 +149,7 @@ class MapRun:
         self._crew = crew
         run_item, scope, program, template = self._run_item, self._scope, self._program, self._template
         slots, results, deliver = self._slots, program.results, self._sink.deliver
+        only = slots[0] if len(slots) == 1 else -1
         # While another worker waits for a row, this one is not needed.
         while not self._taking:
             row = self._feed.next() if self._quick else await self._take()
@@ -156,8 +161,11 @@ class MapRun:
             self._taken = index + 1
             self.hungry = self._active < self._limit and not self._starting
             values = template.copy()
-            for slot, value in zip(slots, row, strict=True):
-                values[slot] = value
+            if only >= 0:
+                values[only] = row[0]
+            else:
+                for slot, value in zip(slots, row, strict=True):
+                    values[slot] = value
             try:
                 await run_item(scope, program, values, index, self)
             except Exception as error:  # noqa: BLE001 - raised again, or handed to the user

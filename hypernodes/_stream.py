@@ -189,6 +189,7 @@ class ItemStream(Handover[ItemResult]):
     def __init__(self, names: Sequence[str], window: int, *, ordered: bool) -> None:
         super().__init__()
         self._names = tuple(names)
+        self._only = names[0] if len(names) == 1 else None  # the usual case, for which zip() is slow
         self.window = window
         self._ordered = ordered
         self._early: dict[int, ItemResult] = {}
@@ -210,7 +211,9 @@ class ItemStream(Handover[ItemResult]):
 
     def deliver(self, index: int, outputs: tuple[Any, ...], digests: Sequence[Any] | None = None) -> None:
         """Hand over an item's outputs."""
-        self._put(ItemResult(index, dict(zip(self._names, outputs, strict=True))))
+        only = self._only
+        named = dict(zip(self._names, outputs, strict=True)) if only is None else {only: outputs[0]}
+        self._put(ItemResult(index, named))
 
     def fail(self, failure: ItemFailure) -> None:
         """Hand over an item's failure."""
@@ -223,6 +226,9 @@ class ItemStream(Handover[ItemResult]):
     def _put(self, item: ItemResult) -> None:
         if not self._ordered:
             self._ready.append(item)
+        elif item.index == self._next and not self._early:
+            self._ready.append(item)
+            self._next += 1
         else:
             self._early[item.index] = item
             while self._next in self._early:

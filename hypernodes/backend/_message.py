@@ -37,6 +37,7 @@ _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<Q")
 _NAMED = (type, FunctionType, BuiltinFunctionType, ModuleType)
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+_HEADER = json.dumps({"format": FORMAT, "python": PYTHON, "hypernodes": __version__}).encode()
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
@@ -138,9 +139,8 @@ def packed(
     if place is not None:
         place.require(pickler.modules)
     parts: list[Any] = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
-    header = json.dumps({"format": FORMAT, "python": PYTHON, "hypernodes": __version__}).encode()
     lengths = b"".join(_LENGTH.pack(part.nbytes) for part in parts)
-    return b"".join([MAGIC, _COUNT.pack(len(header)), header, _COUNT.pack(len(parts)), lengths, *parts])
+    return b"".join([MAGIC, _COUNT.pack(len(_HEADER)), _HEADER, _COUNT.pack(len(parts)), lengths, *parts])
 
 
 def unpacked(data: bytes) -> Any:
@@ -188,7 +188,9 @@ def _parts(data: bytes) -> Parts:
     position = len(MAGIC)
     (length,) = _COUNT.unpack_from(view, position)
     position += _COUNT.size
-    _check(json.loads(bytes(view[position : position + length])))
+    header = bytes(view[position : position + length])
+    if header != _HEADER:
+        _check(json.loads(header))
     position += length
     (count,) = _COUNT.unpack_from(view, position)
     position += _COUNT.size

@@ -235,16 +235,17 @@ class Taker:
     async def take(self, answer: ItemsReply, first: int, rows: list[tuple[Any, ...]]) -> None:
         """Hand over the results and failures of some rows."""
         failed = dict(answer.failures)
-        for position, outputs in enumerate(zip(*answer.lists, strict=True)):
-            index = first + position
-            while self._sink.bounded and self._sink.full(index):
-                await self._sink.room()
+        run, sink, bounded = self._run, self._sink, self._sink.bounded
+        deliver = sink.deliver
+        for index, outputs in enumerate(zip(*answer.lists, strict=True), first):
+            while bounded and sink.full(index):
+                await sink.room()
             if index in failed:
-                self.failed(index, rows[position], load_error(failed[index], self._run.blame))
+                self.failed(index, rows[index - first], load_error(failed[index], run.blame))
             else:
-                self._sink.deliver(index, outputs)
-            if perf_counter() > self._run.yield_at:
-                await self._run.breathe()
+                deliver(index, outputs)
+            if perf_counter() > run.yield_at:
+                await run.breathe()
 
     def failed(self, index: int, row: tuple[Any, ...], error: BaseException) -> None:
         """Hand over an item's failure, or raise it."""
