@@ -14,7 +14,15 @@ import modal
 import numpy as np
 import pytest
 
-from hypernodes import DependencyError, DiskCache, Pipeline, RemoteExecutionError, SerializationError, node
+from hypernodes import (
+    DefinitionError,
+    DependencyError,
+    DiskCache,
+    Pipeline,
+    RemoteExecutionError,
+    SerializationError,
+    node,
+)
 from hypernodes.backend import ModalBackend, Preflight, RemoteBackend, modal_image
 from hypernodes.backend._site import site_of
 from tests import loopback
@@ -82,6 +90,11 @@ class TestRuns:
         assert await TEXT.with_backend(backend).arun(inputs) == {"size": 3_000_000}
         sent, *_ = plane.blob_sizes
         assert found.sizes["text"] + found.code == pytest.approx(sent, abs=5_000)
+
+    async def test_something_else_is_checked(self):
+        """What is no pipeline is refused by name."""
+        with pytest.raises(DefinitionError, match="check of ModalBackend takes a Pipeline, not <node measure"):
+            await ModalBackend(modal_image()).acheck(measure, {"text": "a"})
 
     async def test_a_run_looks_for_modules_by_itself(self, plane, client, project):
         """A run that needs a module which the image certainly lacks starts nothing."""

@@ -178,10 +178,14 @@ class RemoteBackend(Backend):
             map_over: the inputs that take a list.
 
         Raises:
+            DefinitionError: it is no pipeline.
             DependencyError: an input is missing or unknown.
         """
+        from hypernodes._pipeline import Pipeline
         from hypernodes.backend._preflight import preflight
 
+        if not isinstance(pipeline, Pipeline):
+            raise DefinitionError(f"check of {type(self).__name__} takes a Pipeline, not {pipeline!r}")
         given = inputs or {}
         if map_over is None:
             pipeline._job(given, None, False)
