@@ -97,16 +97,19 @@ def run_caches(quick: Sequence[str], earlier_python: str | None) -> Any:
 
 
 def earlier_command(python: str | None) -> list[str] | None:
-    """What starts an interpreter that has the earlier release, which has this package's name."""
+    """What starts an interpreter that has the earlier release, which has this package's name.
+
+    It does not look where PYTHONPATH says, as this package may be there.
+    """
     if python:
-        return [python]
+        return [python, "-E"]
     uv = os.environ.get("UV") or shutil.which("uv")
     if uv is None:
         return None
     needs = [f"hypernodes=={EARLIER}", "anyio", "dask", "numpy"]
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     withs = [part for need in needs for part in ("--with", need)]
-    return [uv, "run", "--quiet", "--isolated", "--no-project", "--python", version, *withs, "python"]
+    return [uv, "run", "--quiet", "--isolated", "--no-project", "--python", version, *withs, "python", "-E"]
 
 
 def parsed() -> argparse.Namespace:

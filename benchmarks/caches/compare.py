@@ -74,7 +74,12 @@ def main() -> None:
     """Parse the command line, run each cache that is installed, and print JSON."""
     parser = argparse.ArgumentParser(description="Caches on the same work, and whether what they give is right")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
-    parser.add_argument("--earlier", nargs="+", metavar="COMMAND", help="what starts a Python with hypernodes 0.4.8")
+    parser.add_argument(
+        "--earlier",
+        nargs=argparse.REMAINDER,  # it has options of its own
+        metavar="COMMAND",
+        help="last: what starts a Python with hypernodes 0.4.8",
+    )
     arguments = parser.parse_args()
     options = Options(quick=arguments.quick)
     caches, left_out = [], []
