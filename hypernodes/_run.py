@@ -96,6 +96,8 @@ class Job:
     """Of a map: its :class:`~hypernodes._feed.Feed`."""
     limits: Mapping[str, Bound] | None = None
     """Limits that enclosing pipelines have set."""
+    shares: Sequence[int] | None = None
+    """Of a job elsewhere that is part of a run: how many tokens it has of each bound that its plan's nodes hold."""
     total: int | None = None
     """Of a map: how many rows there are, where that is known."""
     first: int | None = None

@@ -393,6 +393,11 @@ async def meeting(x):
     await meet("met")
 
 
+@node("met", max_concurrency=3)
+async def meeting_few(x):
+    await meet("met")
+
+
 ACTIVE, MOST, EVENTS = Counter(), Counter(), {}
 
 
@@ -467,6 +472,35 @@ class TestLimits:
         with anyio.fail_after(20):
             await Pipeline([middle], limits={"few": few}).arun(x=list(range(20)))
         assert MOST["met"] == 3
+
+    @pytest.mark.parametrize("mode", ["single", "distributed"])
+    @pytest.mark.parametrize("said_by", ["node", "pipeline", "pipeline inside"])
+    @pytest.mark.parametrize("mapped", [False, True])
+    async def test_what_is_said_elsewhere_holds_over_many_runs_too(self, anyio_backend, mode, said_by, mapped):
+        """The bound of a node, or a limit that the pipeline there sets, or one inside of it, is that of a run."""
+        MOST.clear()
+        EVENTS["met"] = anyio.Event()
+        place = Place(mode=mode)
+        limits = {} if said_by == "node" else {"few": 3}
+        inner = Pipeline([meeting_few if said_by == "node" else meeting], name="inner", limits=limits)
+        if said_by == "pipeline inside":
+            inner = Pipeline([inner.as_node(name="deep")], name="around")
+        there = inner.with_backend(place).as_node(name="inner", map_over="x" if mapped else None)
+        middle = Pipeline([there], name="middle").as_node(map_over="x")
+        with anyio.fail_after(20):
+            await Pipeline([middle]).arun(x=[[1, 2, 3, 4, 5]] * 6 if mapped else list(range(20)))
+        assert MOST["met"] == 3
+
+    async def test_two_runs_that_need_the_same_two_limits_take_turns(self, anyio_backend):
+        """Neither holds one and waits for the other; one limiter under two names is taken once."""
+        MOST.clear()
+        one = Pipeline([node("a", limit="first")(free), node("b", limit="second")(free)], name="one")
+        other = Pipeline([node("c", limit="second")(free), node("d", limit="first")(free)], name="other")
+        nested = [each.with_backend(Place(mode="single")).as_node(map_over="x") for each in (one, other)]
+        both = Pipeline(nested, name="both").as_node(map_over="x")
+        for limits in ({"first": 1, "second": 1}, dict.fromkeys(["first", "second"], anyio.CapacityLimiter(1))):
+            with anyio.fail_after(20):
+                await Pipeline([both], limits=limits).arun(x=[[1, 2]] * 9)
 
     async def test_a_run_elsewhere_takes_what_is_free(self, anyio_backend):
         """A single run with a map inside has all tokens, where nobody else wants one, and gives them back."""

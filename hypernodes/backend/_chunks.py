@@ -72,7 +72,7 @@ class ChunkedMap:
             work.feed, work.sink, total, lanes=self._lanes, target_s=TARGET_S, least=least, first=self._first
         )
         self.next_chunk = self._chunks.next
-        bounds = _bounds(program.plan, scope)
+        bounds = dict(sorted(_bounds(program.plan, scope).items(), key=lambda item: id(item[1])))
         self._keys = list(bounds)
         self.bounds = list(bounds.values())
         """Bounds that workers ask for, by number."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 from hypernodes._crew import Crew
-from hypernodes._plan import ExecutionPlan, PlanStep, tokens_of
+from hypernodes._plan import tokens_of
 from hypernodes._run import Job, Run, Sink
 from hypernodes.backend._chunking import Chunk, Chunks
 from hypernodes.backend._remote import Line, RemoteBackend, Taker, opened, packed_job, packed_rows
 from hypernodes.backend._replay import Replay
+from hypernodes.backend._shares import tokens_within
 from hypernodes.backend._wire import load_error
 from hypernodes.errors import RemoteTimeoutError, SerializationError, WorkerCrashedError
 from hypernodes.events import Emit, ItemFailed, format_path
@@ -44,8 +44,7 @@ class DistributedMap:
         self._calls = itertools.count()
         self._run = job.run or Run(job.run_id, emit)
         self._taker = Taker(self._run, job, sink)
-        bounds = [*_bounds(job.plan), *(tokens_of(bound) for bound in (job.limits or {}).values())]
-        most = [line.width, *bounds, *(count for count in (job.map.max_concurrency, job.total) if count)]
+        most = [line.width, *tokens_within(job), *(count for count in (job.map.max_concurrency, job.total) if count)]
         self._lanes = max(1, min(most))
         self._chunks = Chunks(
             job.feed,
@@ -143,13 +142,3 @@ class DistributedMap:
         self._run.blame(error, path)
         self._replay.tell_own(ItemFailed(self._run.run_id, path, time.time(), chunk.first, error))
         self._taker.failed(chunk.first, chunk.rows[0], error)
-
-
-def _bounds(plan: ExecutionPlan) -> Iterator[int]:
-    """Return every bound that a plan sets on its nodes, at any depth."""
-    yield from (tokens_of(value) for value in plan.settings.limits.values())
-    for step in plan.steps:
-        if isinstance(step, PlanStep):
-            yield from _bounds(step.plan)
-        elif step.node.max_concurrency is not None:
-            yield step.node.max_concurrency

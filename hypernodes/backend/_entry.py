@@ -22,6 +22,7 @@ from hypernodes._run import BoundKey, Job, Run, saving
 from hypernodes._traceback import trimmed
 from hypernodes.backend._local import LocalBackend
 from hypernodes.backend._message import packed, unpacked
+from hypernodes.backend._shares import shared_bounds
 from hypernodes.backend._wire import Travelling, dump_error, find_unpicklable, with_error
 from hypernodes.errors import CacheError, RemoteExecutionError, SerializationError
 from hypernodes.events import Emitter, Event
@@ -159,14 +160,16 @@ _plans: _Latest[ExecutionPlan] = _Latest(16)
 class PartRun(Run):
     """A run on this machine of a whole job, or of one of several parts that run side by side."""
 
-    __slots__ = ("_parts",)
+    __slots__ = ("_parts", "_shares")
 
     def __init__(self, described: Mapping[str, Any], outbox: Outbox | None) -> None:
         super().__init__(described["run_id"], outbox, described["refresh"])
         self._parts: int = described.get("parts", 1)
+        self._shares = shared_bounds(described["plan"], described["shares"])
 
     def bound(self, key: BoundKey, value: Any) -> Any:
         """Return this part's share of a bound."""
+        value = self._shares.get(key, value)
         return super().bound(key, max(1, value // self._parts) if isinstance(value, int) else value)
 
 

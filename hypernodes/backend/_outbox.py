@@ -80,7 +80,8 @@ class RemoteBound:
 
     def __init__(self, channel: Channel, number: int) -> None:
         self._channel = channel
-        self._number = number
+        self.number = number
+        """Bounds that are taken together are taken in this order, in every process."""
         self._waiting: deque[anyio.Event | None] = deque()
         self._settled = anyio.Event()
 
@@ -88,7 +89,7 @@ class RemoteBound:
         """Ask the parent for a token and wait for it."""
         granted = anyio.Event()
         self._waiting.append(granted)
-        self._channel.send("acquire", self._number)
+        self._channel.send("acquire", self.number)
         try:
             await granted.wait()
         except BaseException:
@@ -111,7 +112,7 @@ class RemoteBound:
 
     def release(self) -> None:
         """Give a token back."""
-        self._channel.send("release", self._number)
+        self._channel.send("release", self.number)
 
     async def settled(self) -> None:
         """Wait until every token that was asked for has come, also those that nobody waits for any more."""

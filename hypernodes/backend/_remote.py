@@ -181,10 +181,9 @@ class RemoteBackend(Backend):
             DefinitionError: it is no pipeline.
             DependencyError: an input is missing or unknown.
         """
-        from hypernodes._pipeline import Pipeline
         from hypernodes.backend._preflight import preflight
 
-        if not isinstance(pipeline, Pipeline):
+        if not isinstance(getattr(pipeline, "_plan", None), ExecutionPlan):
             raise DefinitionError(f"check of {type(self).__name__} takes a Pipeline, not {pipeline!r}")
         given = inputs or {}
         if map_over is None:
@@ -289,6 +288,7 @@ async def packed_job(
         "map": spec or job.map,
         "rows": rows,
         "limits": {name: tokens_of(bound) for name, bound in (job.limits or {}).items()},
+        "shares": job.shares,
         "cache": job.cache if getattr(job.cache, "travels", False) else None,
         "refresh": job.refresh,
         "given": job.given,
