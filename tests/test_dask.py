@@ -317,6 +317,25 @@ class TestSyncCode:
         assert ended.stdout == f"{[1, 2] * 20}\n", ended.stderr
 
 
+@pytest.mark.asyncio
+async def test_a_cluster_without_workers(monkeypatch, caplog):
+    """A run waits for workers, as Dask does, and says so once."""
+    monkeypatch.setattr("hypernodes.backend._dask._ALONE_S", 0.05)
+    async with (
+        LocalCluster(n_workers=0, processes=False, asynchronous=True, dashboard_address=":0") as local,
+        Client(local, asynchronous=True, set_as_default=False) as client,
+    ):
+        waiting = asyncio.create_task(text_pipeline(client).amap({"text": [" a"] * 9}, "text"))
+        while not caplog.messages:
+            await anyio.sleep(0.01)
+        await anyio.sleep(0.2)
+        local.scale(1)
+        assert (await waiting)["size"] == [1] * 9
+    assert [each for each in caplog.messages if "no workers" in each] == [
+        "the Dask cluster has no workers: pipeline 'text' waits until one comes"
+    ]
+
+
 def map_on_a_local_cluster(processes):
     """Map the pipeline of texts there."""
     with (

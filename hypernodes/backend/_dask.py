@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import uuid
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES = 8 << 20
 """How much of a message one task brings to the scheduler, which warns of more than 10 MB."""
+_ALONE_S = 15.0
+"""Seconds after which it is said that a run waits for workers, of which there are none."""
 _CLOSING_S = 5.0
 """Seconds that the scheduler gets to take leave of a run."""
+_log = logging.getLogger("hypernodes")
 T = TypeVar("T")
 SharedRef = tuple[str, list[Any]]
 """What chunks share: its digest, and the futures of its pieces."""
@@ -113,6 +117,7 @@ class DaskLine(Line):
         self._label = label
         self._turns = _Turns()
         self._crowded = False
+        self._told = False
         self._shared: list[Any] = []
         self._queue: str | None = None
         self._heard: defaultdict[str, int] = defaultdict(int)
@@ -181,12 +186,21 @@ class DaskLine(Line):
         arguments = (key, pieces, digest, common, self._queue)
         future = self._client.submit(run_task, *arguments, key=key, pure=False)
         try:
-            return await future  # type: ignore[no-any-return]
+            return await self._made(future)
         except KilledWorker:
             return 0, NOT_RUN
         finally:
             # Nobody waits for it any more: if it runs still, its worker is told to stop.
             _release([future, *(pieces if pieces != [payload] else ())])
+
+    async def _made(self, future: Any) -> tuple[int, bytes]:
+        """Wait for a task; say so if there is nobody to run it, which may be so for as long as the cluster lives."""
+        while True:
+            with anyio.move_on_after(_ALONE_S):
+                return await future  # type: ignore[no-any-return]
+            if not self._told and not await self._client.nthreads():
+                self._told = True
+                _log.warning("the Dask cluster has no workers: %s waits until one comes", self._label)
 
     async def _placed(self, data: bytes) -> list[Any]:
         """Bring bytes to the cluster; on the client's loop. Return the futures of their pieces."""
