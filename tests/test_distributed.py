@@ -317,6 +317,14 @@ async def test_an_output_that_cannot_be_sent_back_fails_alone(anyio_backend, mod
         await pipeline.amap({"x": range(8)}, "x")
 
 
+class Watch(PipelineCallback):
+    def __init__(self):
+        self.ended = []
+
+    def on_map_item_end(self, item_index, duration, ctx):
+        self.ended.append(item_index)
+
+
 class TestErrors:
     async def test_a_users_error_keeps_its_type_and_place(self, anyio_backend):
         """The first failure is raised as itself, with the item in its note; the others are cancelled."""
@@ -367,6 +375,26 @@ class TestErrors:
         pipeline = Pipeline([node("y")(lambda x, shared: 1)], name="p", backend=Place())
         with pytest.raises(RemoteExecutionError, match="not on this machine"):
             await pipeline.amap({"x": range(10), "shared": Unwelcome()}, "x", on_error="collect")
+
+    @pytest.mark.parametrize("listening", [False, True])
+    async def test_a_result_that_cannot_be_rebuilt_here_fails_alone(self, anyio_backend, listening):
+        """Collected, or raised at once; whoever listens hears of each item once."""
+        pipeline = Pipeline([node("y")(lambda x: Unwelcome() if x % 20 == 7 else -x)], name="p", backend=Place())
+        watch = Watch()
+        if listening:
+            pipeline = pipeline.with_callbacks([watch])
+        result = await pipeline.amap({"x": range(60)}, "x", on_error="collect")
+        assert result["y"] == [None if x % 20 == 7 else -x for x in range(60)]
+        assert [(each.index, each.path, each.inputs) for each in result.failures] == [
+            (x, ("p", x), {"x": x}) for x in (7, 27, 47)
+        ]
+        assert {type(each.error) for each in result.failures} == {RemoteExecutionError}
+        assert "cannot be rebuilt here: ImportError: not on this machine" in str(result.failures[0].error)
+        if listening:
+            assert len(watch.ended) == len(set(watch.ended))
+            assert set(watch.ended) >= set(range(60)) - {7, 27, 47}
+        with pytest.raises(RemoteExecutionError, match="cannot be rebuilt here"):
+            await pipeline.amap({"x": range(60)}, "x")
 
     async def test_options_are_checked(self):
         """A wrong mode or size is refused at once."""

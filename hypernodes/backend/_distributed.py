@@ -14,7 +14,7 @@ from hypernodes.backend._remote import Line, RemoteBackend, Taker, opened, packe
 from hypernodes.backend._replay import Replay
 from hypernodes.backend._shares import tokens_within
 from hypernodes.backend._wire import load_error
-from hypernodes.errors import RemoteTimeoutError, SerializationError, WorkerCrashedError
+from hypernodes.errors import RemoteExecutionError, RemoteTimeoutError, SerializationError, WorkerCrashedError
 from hypernodes.events import Emit, ItemFailed, format_path
 
 TARGET_BYTES = 32 * 2**20
@@ -94,7 +94,14 @@ class DistributedMap:
                 await self._finished(chunk, call, len(payload), reply)
 
     async def _finished(self, chunk: Chunk, call: int, sent: int, reply: bytes) -> None:
-        kind, answer = await opened(reply, self._replay, call)
+        try:
+            kind, answer = await opened(reply, self._replay, call)
+        except RemoteExecutionError as error:
+            if self._taker.raises:
+                raise
+            self._replay.died(call)
+            self._divided(chunk, error)
+            return
         self._replay.done(call, chunk.first, len(chunk.rows))
         if kind == "raised":
             raise load_error(answer, self._run.blame)

@@ -233,6 +233,8 @@ class Taker:
         self._run = run
         self._over = job.map.over
         self._sink = sink
+        self.raises = job.map.on_error == "raise"
+        """Whether an item's failure is raised."""
         self._failures = Failures(run, job.path, job.map, sink, job.plan.label)
 
     async def take(self, answer: ItemsReply, first: int, rows: list[tuple[Any, ...]]) -> None:
