@@ -16,7 +16,7 @@ from hypernodes._cost import CHEAP_S
 from hypernodes._feed import END
 from hypernodes._mapping import Path
 from hypernodes._program import BoundCall
-from hypernodes._run import Bound, Scope, held
+from hypernodes._run import Bound, Scope, held, in_order
 from hypernodes._threads import Spent, given_up, in_thread
 from hypernodes.errors import NodeTimeoutError, OutputMismatchError
 
@@ -62,6 +62,8 @@ async def _attempt(scope: Scope, step: BoundCall, values: list[Any], index: int 
         bounds.append(scope.run.bound(node, node.max_concurrency))
     if node.limit is not None:
         bounds.append(scope.limits[node.limit])
+        if len(bounds) > 1:
+            bounds = in_order(bounds)
     if step.place == "process":
         # Items of a parallel map keep their worker while they wait for a bound: there the worker comes first.
         first = scope.engine.map_execution == "parallel"

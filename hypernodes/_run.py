@@ -26,6 +26,7 @@ from hypernodes.events import Emit, format_path
 if TYPE_CHECKING:
     from hypernodes._engine import PipelineExecutionEngine
     from hypernodes._recipe import Tracer
+    from hypernodes.backend._shares import Shares
 
 T = TypeVar("T")
 
@@ -96,8 +97,8 @@ class Job:
     """Of a map: its :class:`~hypernodes._feed.Feed`."""
     limits: Mapping[str, Bound] | None = None
     """Limits that enclosing pipelines have set."""
-    shares: Sequence[int] | None = None
-    """Of a job elsewhere that is part of a run: how many tokens it has of each bound that its plan's nodes hold."""
+    shares: Shares | None = None
+    """Of a job that runs elsewhere: what it has of the run's bounds."""
     total: int | None = None
     """Of a map: how many rows there are, where that is known."""
     first: int | None = None
@@ -390,6 +391,14 @@ async def saving(run: Run, job: Job, work: Callable[[], Awaitable[T]]) -> T:
 
     await Crew.run(both)
     return made[0]
+
+
+def in_order(bounds: Iterable[Bound]) -> list[Bound]:
+    """Return bounds, each once, in the order in which all who need several take them: nobody waits in a circle then.
+
+    In a worker process they have the parent's order.
+    """
+    return [bound for _, bound in sorted({getattr(each, "number", id(each)): each for each in bounds}.items())]
 
 
 @contextlib.asynccontextmanager

@@ -530,6 +530,72 @@ class TestLimits:
             with anyio.fail_after(20):
                 await Pipeline([both], limits=limits).arun(x=[[1, 2]] * 9)
 
+    async def test_the_same_node_here_and_there(self, anyio_backend):
+        """What has a bound of its own and a limit takes both in one order, wherever it runs."""
+        bounded = node("y", max_concurrency=1, limit="few")(back)
+        encode = Pipeline([bounded], name="encode")
+        here = encode.as_node(name="here", output_mapping={"y": "a"}, map_over="x")
+        there = encode.with_backend(Place(mode="single")).as_node(name="there", output_mapping={"y": "b"})
+        both = Pipeline([here, Pipeline([there], name="m").as_node(name="all_there", map_over="x")])
+        limiters = [anyio.CapacityLimiter(1) for _ in range(20)]
+        for few in [1, *sorted(limiters, key=id)]:
+            with anyio.fail_after(20):
+                result = await both.with_limits({"few": few}).arun(x=[1, 2, 3])
+            assert result["a"] == result["b"] == [1, 2, 3]
+
+    @pytest.mark.parametrize("mode", ["single", "distributed"])
+    async def test_one_limiter_under_two_names(self, anyio_backend, mode):
+        """Is one, elsewhere too."""
+        MOST.clear()
+        few = anyio.CapacityLimiter(2)
+        both = [node("a", limit="p")(free), node("b", limit="q")(free)]
+        inner = Pipeline(both, name="inner", backend=Place(mode=mode)).as_node(map_over="x")
+        with anyio.fail_after(20):
+            await Pipeline([inner], limits={"p": few, "q": few}).arun(x=list(range(20)))
+        assert MOST == {"free": 2}
+        assert few.borrowed_tokens == 0
+
+    @pytest.mark.parametrize("mode", ["single", "distributed"])
+    async def test_a_users_limiter_holds_over_runs_elsewhere(self, anyio_backend, mode):
+        """Those that are no part of another one."""
+        MOST.clear()
+        few = anyio.CapacityLimiter(3)
+        pipeline = Pipeline([limited], limits={"few": few}, backend=Place(mode=mode))
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as group:
+                for _ in range(5):
+                    group.start_soon(pipeline.amap, {"x": range(10)}, "x")
+        assert 1 <= MOST["one"] <= 3
+        assert few.borrowed_tokens == 0
+
+    async def test_of_worker_processes(self, anyio_backend):
+        """Runs elsewhere that worker processes ask for: two limits in any order, one limiter under two names."""
+        one = Pipeline([node("a", limit="p")(back), node("b", limit="q")(back)], name="one")
+        other = Pipeline([node("c", limit="q")(back), node("d", limit="p", max_concurrency=1)(back)], name="other")
+        there = [each.with_backend(Place(mode="single")).as_node() for each in (one, other)]
+        here = one.as_node(name="here", output_mapping={"a": "e", "b": "f"})
+        workers = LocalBackend(map_execution="parallel", max_workers=2)
+        for limits in ({"p": 1, "q": 1}, dict.fromkeys(["p", "q"], anyio.CapacityLimiter(1))):
+            with anyio.fail_after(40):
+                result = await Pipeline([*there, here], limits=limits, backend=workers).amap({"x": range(30)}, "x")
+            assert result == {name: list(range(30)) for name in "abcdef"}
+
+    async def test_no_more_tokens_are_taken_than_can_be_used(self, anyio_backend):
+        """A map of two rows takes two, an endless limiter need not be asked, a node that does not run takes none."""
+        few, endless, unused = anyio.CapacityLimiter(50), anyio.CapacityLimiter(math.inf), anyio.CapacityLimiter(1)
+        taken = []
+
+        async def look(items):
+            taken.append((few.borrowed_tokens, endless.borrowed_tokens))
+
+        nodes = [limited, node("z", limit="endless")(free), node("other", limit="unused")(back)]
+        inner = Pipeline(nodes, name="inner", backend=Place(mode="single", hook=look))
+        outer = Pipeline([inner.as_node(map_over="x")], limits={"few": few, "endless": endless, "unused": unused})
+        async with unused:
+            with anyio.fail_after(20):
+                await outer.arun(x=[1, 2], output_name=["one", "z"])
+        assert taken == [(2, 0)]
+
     async def test_a_run_elsewhere_takes_what_is_free(self, anyio_backend):
         """A single run with a map inside has all tokens, where nobody else wants one, and gives them back."""
         MOST.clear()
@@ -561,6 +627,11 @@ class TestLimits:
         await Pipeline([node("y")(free)], backend=place).amap({"x": range(100)}, "x", max_concurrency=5)
         assert MOST == {"free": 5}
         assert place.most_active == 5
+
+
+async def back(x):
+    await anyio.sleep(0.001)
+    return x
 
 
 async def free(x):

@@ -17,7 +17,7 @@ from hypernodes._engine import PipelineExecutionEngine
 from hypernodes._map_run import Failures
 from hypernodes._plan import ExecutionPlan, PlanStep
 from hypernodes._program import BoundPlan, Program
-from hypernodes._run import Bound, BoundKey, MapWork, Mode, Scope, held
+from hypernodes._run import Bound, BoundKey, MapWork, Mode, Scope, held, in_order
 from hypernodes._trace import Trace
 from hypernodes.backend._chunking import MOST_ITEMS, Chunk, Chunks
 from hypernodes.backend._wire import Travelling, load_error, loads, packed, packed_checked, with_error
@@ -72,9 +72,8 @@ class ChunkedMap:
             work.feed, work.sink, total, lanes=self._lanes, target_s=TARGET_S, least=least, first=self._first
         )
         self.next_chunk = self._chunks.next
-        bounds = dict(sorted(_bounds(program.plan, scope).items(), key=lambda item: id(item[1])))
-        self._keys = list(bounds)
-        self.bounds = list(bounds.values())
+        self._keys = _bounds(program.plan, scope)
+        self.bounds = in_order(self._keys.values())
         """Bounds that workers ask for, by number."""
         self.described: list[Any] = []
         """What a worker needs to know before its first chunk, pickled once."""
@@ -101,7 +100,8 @@ class ChunkedMap:
 
     def _describe(self) -> list[Any]:
         scope = self.scope
-        limits = {name: self._keys.index(name) for name in scope.limits}
+        number = {id(bound): number for number, bound in enumerate(self.bounds)}
+        numbers = {key: number[id(bound)] for key, bound in self._keys.items()}
         description = {
             "plan": self._plan,
             "spec": replace(self._spec, max_failures=None),
@@ -111,8 +111,8 @@ class ChunkedMap:
             "engine": PipelineExecutionEngine(
                 _inner(scope.engine.node_execution), "async", 1, scope.engine.max_concurrency
             ),
-            "keys": self._keys,
-            "limits": limits,
+            "bounds": numbers,
+            "limits": {name: numbers[name] for name in scope.limits},
             "wanted": self._wanted,
             "run_id": scope.run.run_id,
             "refresh": scope.run.refresh,

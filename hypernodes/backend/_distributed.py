@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 
 from hypernodes._crew import Crew
-from hypernodes._plan import tokens_of
 from hypernodes._run import Job, Run, Sink
 from hypernodes.backend._chunking import Chunk, Chunks
 from hypernodes.backend._remote import Line, RemoteBackend, Taker, opened, packed_job, packed_rows
@@ -65,8 +64,7 @@ class DistributedMap:
         assert job.map is not None
         most = job.map.max_concurrency
         spec = replace(job.map, max_failures=None, max_concurrency=None if most is None else max(1, most // lanes))
-        limits = {name: max(1, tokens_of(bound) // lanes) for name, bound in (job.limits or {}).items()}
-        shared = await packed_job(job, self._place, self._replay.kinds, spec=spec, parts=lanes, limits=limits)
+        shared = await packed_job(job, self._place, self._replay.kinds, spec=spec, parts=lanes)
         self._shared = await self._line.share(shared)
         await Crew.run(self._manage)
 

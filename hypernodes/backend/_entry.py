@@ -18,11 +18,11 @@ from hypernodes._feed import ListFeed
 from hypernodes._map_run import Columns
 from hypernodes._mapping import Rows
 from hypernodes._plan import ExecutionPlan
-from hypernodes._run import BoundKey, Job, Run, saving
+from hypernodes._run import Bound, BoundKey, Job, Run, saving
 from hypernodes._traceback import trimmed
 from hypernodes.backend._local import LocalBackend
 from hypernodes.backend._message import packed, unpacked
-from hypernodes.backend._shares import shared_bounds
+from hypernodes.backend._shares import Shares
 from hypernodes.backend._wire import Travelling, dump_error, find_unpicklable, with_error
 from hypernodes.errors import CacheError, RemoteExecutionError, SerializationError
 from hypernodes.events import Emitter, Event
@@ -160,16 +160,22 @@ _plans: _Latest[ExecutionPlan] = _Latest(16)
 class PartRun(Run):
     """A run on this machine of a whole job, or of one of several parts that run side by side."""
 
-    __slots__ = ("_parts", "_shares")
+    __slots__ = ("_own", "_parts", "limits")
 
     def __init__(self, described: Mapping[str, Any], outbox: Outbox | None) -> None:
         super().__init__(described["run_id"], outbox, described["refresh"])
         self._parts: int = described.get("parts", 1)
-        self._shares = shared_bounds(described["plan"], described["shares"])
+        shares: Shares | None = described["shares"]
+        self.limits: Mapping[str, Bound] = {}
+        self._own: Mapping[BoundKey, Bound] = {}
+        if shares is not None:
+            self.limits, self._own = shares.there(described["plan"], described["wanted"], self._parts)
 
-    def bound(self, key: BoundKey, value: Any) -> Any:
+    def bound(self, key: BoundKey, value: Any) -> Bound:
         """Return this part's share of a bound."""
-        value = self._shares.get(key, value)
+        share = self._own.get(key)
+        if share is not None:
+            return share
         return super().bound(key, max(1, value // self._parts) if isinstance(value, int) else value)
 
 
@@ -193,7 +199,7 @@ async def _run(described: Mapping[str, Any], run: PartRun) -> Any:
         feed=None if rows is None else ListFeed(Rows(spec.over, rows, len(rows))),
         total=None if rows is None else len(rows),
         first=first,
-        limits={name: anyio.CapacityLimiter(count) for name, count in described["limits"].items()},
+        limits=run.limits,
         cache=described["cache"],
         refresh=described["refresh"],
         given=described["given"],

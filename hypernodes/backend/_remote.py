@@ -14,7 +14,7 @@ from hypernodes._feed import END
 from hypernodes._map_run import Failures
 from hypernodes._mapping import MapSpec
 from hypernodes._node import checked_count
-from hypernodes._plan import ExecutionPlan, PlanStep, tokens_of
+from hypernodes._plan import ExecutionPlan, PlanStep
 from hypernodes._run import Job, Mode, Run, Sink
 from hypernodes._threads import default_threads, in_thread
 from hypernodes._traceback import user_frames
@@ -119,18 +119,23 @@ class RemoteBackend(Backend):
 
     async def arun(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:
         """Run a job there and return the wanted outputs by name."""
-        async with sharing(job) as sharer:
+        async with sharing(job, self._at_once) as sharer:
             outputs: dict[str, Any] = await self._answer(sharer, emit)
         return outputs
 
     async def amap(self, job: Job, sink: Sink, emit: Emit | None = None) -> None:
         """Run a job there for each row of its feed: in one call, whose results come when all are done, or in chunks."""
         assert job.map is not None
-        async with sharing(job) as sharer:
+        async with sharing(job, self._at_once) as sharer:
             if self.mode == "distributed":
                 await self._distributed(sharer, sink, emit)
             else:
                 await self._single(sharer, sink, emit)
+
+    @property
+    def _at_once(self) -> int | None:
+        """How many items of a map may run at once; None where nobody knows on how many machines."""
+        return None if self.mode == "distributed" else self.engine.max_concurrency or DEFAULT_ITEMS
 
     async def _single(self, job: Job, sink: Sink, emit: Emit | None) -> None:
         rows = await _all_rows(job)
@@ -289,7 +294,6 @@ async def packed_job(
         "wanted": job.wanted,
         "map": spec or job.map,
         "rows": rows,
-        "limits": {name: tokens_of(bound) for name, bound in (job.limits or {}).items()},
         "shares": job.shares,
         "cache": job.cache if getattr(job.cache, "travels", False) else None,
         "refresh": job.refresh,

@@ -79,9 +79,9 @@ class MapHere:
         path: Path = described["path"]
         kinds: frozenset[type] = described["kinds"]
         engine: PipelineExecutionEngine = described["engine"]
-        keys: list[BoundKey] = described["keys"]
-        self.bounds = [RemoteBound(channel, number) for number in range(len(keys))]
-        remote = dict(zip(keys, self.bounds, strict=True))
+        numbers: dict[BoundKey, int] = described["bounds"]
+        self.bounds = [RemoteBound(channel, number) for number in range(len(set(numbers.values())))]
+        remote = {key: self.bounds[number] for key, number in numbers.items()}
         limits = {name: self.bounds[number] for name, number in described["limits"].items()}
         given = frozenset(inputs) | set(self._spec.over)
         self._program = bind(plan, given, described["wanted"], Places())
