@@ -482,6 +482,16 @@ class Pipeline(PipelineDefinition):
             raise DependencyError(f"{self._plan.label} is mapped over {quoted(missing)}, which is not among the inputs")
         return spec
 
+    def _checked(
+        self, inputs: Mapping[str, Any] | None, map_over: str | Sequence[str] | None
+    ) -> tuple[Mapping[str, Any], MapSpec | None]:
+        """Raise what a run or a map with these inputs would raise at once; return them, and how they are mapped."""
+        given = merged_inputs(inputs, {})
+        if map_over is None:
+            self._job(given, None, False)
+            return given, None
+        return given, self._map_spec(given, map_over, "zip", None, "raise", None, None)
+
     def _emit(self, job: Job) -> ev.Emit | None:
         said = self._plan.settings.callbacks
         dispatcher = CallbackDispatcher(job.run_id, self._plan, () if said is INHERIT else said)

@@ -318,6 +318,18 @@ class TestSyncCode:
 
 
 @pytest.mark.asyncio
+async def test_a_client_stays_in_its_process():
+    """Worker processes that would need it are refused with what to do instead."""
+    async with Client(processes=False, n_workers=1, dashboard_address=":0", asynchronous=True) as client:
+        there = text_pipeline(client).as_node()
+        pipeline = Pipeline([there], backend=LocalBackend(map_execution="parallel", max_workers=1))
+        with pytest.raises(
+            SerializationError, match="since its client cannot: let the pipeline around it run its items"
+        ):
+            await pipeline.amap({"text": ["a"]}, "text")
+
+
+@pytest.mark.asyncio
 async def test_a_cluster_without_workers(monkeypatch, caplog):
     """A run waits for workers, as Dask does, and says so once."""
     monkeypatch.setattr("hypernodes.backend._dask._ALONE_S", 0.05)

@@ -18,6 +18,7 @@ from hypernodes import (
     DefinitionError,
     DependencyError,
     DiskCache,
+    MapTypeError,
     Pipeline,
     RemoteExecutionError,
     SerializationError,
@@ -90,6 +91,20 @@ class TestRuns:
         assert await TEXT.with_backend(backend).arun(inputs) == {"size": 3_000_000}
         sent, *_ = plane.blob_sizes
         assert found.sizes["text"] + found.code == pytest.approx(sent, abs=5_000)
+
+    async def test_maps_are_checked_as_they_run(self):
+        """What is no list is refused as by a run; what is read as it runs is left alone."""
+        backend = ModalBackend(modal_image())
+        for wrong in ("abc", 5):
+            with pytest.raises(MapTypeError, match="pipeline 'text' maps over 'text', so it takes a list"):
+                await backend.acheck(TEXT, {"text": wrong}, "text")
+        with pytest.raises(DependencyError, match="inputs is a dict of values by name, not str"):
+            await backend.acheck(TEXT, "text")
+        texts = iter(["a", "b"])
+        found = await backend.acheck(TEXT, {"text": texts}, "text")
+        assert found.ok
+        assert "the items of inputs['text'], which is read as it runs" in found.unknown
+        assert list(texts) == ["a", "b"]
 
     async def test_something_else_is_checked(self):
         """What is no pipeline is refused by name."""

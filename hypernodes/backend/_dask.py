@@ -19,7 +19,7 @@ from hypernodes._threads import current_async_library
 from hypernodes.backend._entry import Shared
 from hypernodes.backend._remote import Line, Placing, RemoteBackend
 from hypernodes.backend._replay import Receive
-from hypernodes.errors import DefinitionError, RemoteExecutionError, WorkerCrashedError
+from hypernodes.errors import DefinitionError, RemoteExecutionError, SerializationError, WorkerCrashedError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -97,6 +97,13 @@ class DaskBackend(RemoteBackend):
             return await work(line) if receive is None else await line.hearing(receive, partial(work, line))
         finally:
             await unbroken(line.close)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse: its client is this process's."""
+        raise SerializationError(
+            f"{self!r} cannot be sent to another process, since its client cannot: let the pipeline around it run its "
+            f"items in this one, without map_execution='parallel'"
+        )
 
     def __repr__(self) -> str:
         return f"DaskBackend({self._client!r}, mode={self.mode!r})"

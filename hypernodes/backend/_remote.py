@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -12,7 +12,7 @@ from hypernodes._bridge import run_sync
 from hypernodes._engine import DEFAULT_ITEMS, PipelineExecutionEngine, told_map
 from hypernodes._feed import END
 from hypernodes._map_run import Failures
-from hypernodes._mapping import MapSpec
+from hypernodes._mapping import MapSpec, listed_rows
 from hypernodes._node import checked_count
 from hypernodes._plan import ExecutionPlan, PlanStep
 from hypernodes._run import Job, Mode, Run, Sink
@@ -185,19 +185,23 @@ class RemoteBackend(Backend):
         Raises:
             DefinitionError: it is no pipeline.
             DependencyError: an input is missing or unknown.
+            MapInputError: what is mapped is no list of items, or the lists are of unequal length.
         """
         from hypernodes.backend._preflight import preflight
 
         if not isinstance(getattr(pipeline, "_plan", None), ExecutionPlan):
             raise DefinitionError(f"check of {type(self).__name__} takes a Pipeline, not {pipeline!r}")
-        given = inputs or {}
-        if map_over is None:
-            pipeline._job(given, None, False)
-        else:
-            pipeline._map_spec(given, map_over, "zip", None, "raise", None, None)
+        given, spec = pipeline._checked(inputs, map_over)
+        read: list[str] = []
+        if spec is not None:
+            read = [name for name in spec.over if isinstance(given[name], Iterator | AsyncIterable)]
+            if not read:
+                listed_rows(spec, given, pipeline._plan.label)
+        sent = {name: value for name, value in given.items() if name not in read}
         found: Preflight
-        found, _ = await in_thread(lambda: preflight(pipeline._plan, given, self, self.site()), default_threads())
-        return found
+        found, _ = await in_thread(lambda: preflight(pipeline._plan, sent, self, self.site()), default_threads())
+        unread = [f"the items of inputs[{name!r}], which is read as it runs" for name in read]
+        return replace(found, unknown=(*found.unknown, *unread))
 
     def check(
         self, pipeline: Pipeline, inputs: Mapping[str, Any] | None = None, map_over: str | Sequence[str] | None = None
