@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from time import perf_counter
 from time import time as unix_time
@@ -62,12 +62,21 @@ class PipelineExecutionEngine:
     max_concurrency: int | None = None
 
     def __post_init__(self) -> None:
-        for option in ("node_execution", "map_execution"):
-            value = getattr(self, option)
-            if value not in _MODES:
-                raise DefinitionError(f"{option} must be one of {', '.join(map(repr, _MODES))}, not {value!r}")
-        for option in ("max_workers", "max_concurrency"):
-            checked_count(getattr(self, option), option, type(self).__name__)
+        _check_options(type(self).__name__, astuple(self))
+
+    @classmethod
+    def of(
+        cls,
+        backend: object,
+        node_execution: Mode,
+        map_execution: Mode,
+        max_workers: int | None,
+        max_concurrency: int | None,
+    ) -> PipelineExecutionEngine:
+        """Return the engine of a backend, whose user knows the options as the backend's."""
+        options = node_execution, map_execution, max_workers, max_concurrency
+        _check_options(type(backend).__name__, options)
+        return cls(*options)
 
     @property
     def places(self) -> Places:
@@ -112,6 +121,15 @@ class PipelineExecutionEngine:
         await _run_map(
             MapWork(scope, program, job.inputs, job.map, job.feed, job.total, sink, first=job.first), template
         )
+
+
+def _check_options(owner: str, options: tuple[Any, ...]) -> None:
+    node_execution, map_execution, max_workers, max_concurrency = options
+    for option, mode in (("node_execution", node_execution), ("map_execution", map_execution)):
+        if mode not in _MODES:
+            raise DefinitionError(f"{option} of {owner} must be one of {', '.join(map(repr, _MODES))}, not {mode!r}")
+    checked_count(max_workers, "max_workers", owner)
+    checked_count(max_concurrency, "max_concurrency", owner)
 
 
 async def values_for(

@@ -488,7 +488,7 @@ def test_a_bad_engine_option_is_refused_by_name(kind, options, words):
     """A bad option is refused when the engine is made, with the option, the value and what would do."""
     with pytest.raises(DefinitionError) as refused:
         kind(**options)
-    for word in words:
+    for word in [*words, kind.__name__]:
         assert word in str(refused.value)
 
 

@@ -36,7 +36,7 @@ class LocalBackend(Backend):
         max_workers: int | None = None,
         max_concurrency: int | None = None,
     ) -> None:
-        self.engine = PipelineExecutionEngine(node_execution, map_execution, max_workers, max_concurrency)
+        self.engine = PipelineExecutionEngine.of(self, node_execution, map_execution, max_workers, max_concurrency)
         self._kept: dict[object, tuple[WorkerPool, int]] = {}
 
     async def arun(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:

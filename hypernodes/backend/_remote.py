@@ -104,7 +104,7 @@ class RemoteBackend(Backend):
             raise DefinitionError(f"chunk_size of {type(self).__name__} is for mode='distributed'")
         self.mode = mode
         self.chunk_size = chunk_size
-        self.engine = PipelineExecutionEngine(node_execution, map_execution, max_workers, max_concurrency)
+        self.engine = PipelineExecutionEngine.of(self, node_execution, map_execution, max_workers, max_concurrency)
 
     @abstractmethod
     async def connected(self, label: str, receive: Receive | None, work: Callable[[Line], Awaitable[T]]) -> T:

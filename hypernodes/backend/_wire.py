@@ -51,6 +51,8 @@ def packed_checked(value: Any, named: dict[str, Any], what: str) -> list[pickle.
     """
     try:
         return packed(value)
+    except SerializationError:
+        raise  # of one of ours, which says what to do
     except Exception as error:  # pickling runs the user's code
         found = next((found for name, part in named.items() if (found := find_unpicklable(part, name))), None)
         where, culprit, reason = found or (what, value, error)
