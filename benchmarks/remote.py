@@ -42,7 +42,7 @@ class Weighed:
 
     async def during(self, work: Work) -> None:
         """Do some work, and note the bytes of its one call."""
-        from hypernodes.backend._modal import ModalLine
+        from hypernodes.backend._modal_line import ModalLine
 
         call = ModalLine.call
 

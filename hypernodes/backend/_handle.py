@@ -15,7 +15,7 @@ from hypernodes.backend._message import unpacked_reply
 from hypernodes.backend._wire import load_error
 from hypernodes.errors import DefinitionError, ExecutionError
 
-_PLACES = {"modal": "hypernodes.backend._modal"}
+_PLACES = {"modal": "hypernodes.backend._modal_calls"}
 """Modules whose ``attached`` finds a call again, by what their ids begin with."""
 
 

@@ -11,6 +11,10 @@ from typing import Any
 import anyio
 
 from hypernodes._crew import unbroken
+from hypernodes._threads import current_async_library
+from hypernodes.backend._handle import RemoteCall
+from hypernodes.backend._modal_errors import A_RUN, translated
+from hypernodes.errors import ExecutionError, RemoteExecutionError
 
 _CREATED_S = 10.0
 """Seconds that who leaves waits for the id of the app that is to be ended."""
@@ -90,3 +94,48 @@ async def reply_of(function: Any, arguments: tuple[Any, ...]) -> bytes:
 async def end_call(call: Any) -> None:
     """End a call, and its container with it, whatever runs there."""
     await call.cancel.aio(terminate_containers=True)
+
+
+class ModalCall(RemoteCall):
+    """A spawned call, by the id that Modal knows it by."""
+
+    def __init__(self, id: str) -> None:
+        self._call = modal_client().FunctionCall.from_id(id)
+
+    async def reply(self, seconds: float | None) -> bytes:
+        """Wait for the reply, at most so long."""
+        need_asyncio()
+        with translated(A_RUN):
+            return await self._call.get.aio(timeout=seconds)  # type: ignore[no-any-return]
+
+    def is_end(self, error: ExecutionError) -> bool:
+        """Say whether it is an error of the call, and not of the account or the connection."""
+        from modal.exception import AuthError, ConnectionError
+
+        return not isinstance(error.__cause__, AuthError | ConnectionError)
+
+    async def cancel(self) -> None:
+        """End the call and its container."""
+        need_asyncio()
+        with translated(A_RUN):
+            await self._call.cancel.aio(terminate_containers=True)
+
+
+def attached(id: str) -> RemoteCall:
+    """Return a call by its id."""
+    return ModalCall(id)
+
+
+def need_asyncio() -> None:
+    """Raise an error under another event loop than asyncio's."""
+    if current_async_library() != "asyncio":
+        raise RemoteExecutionError("Modal's client needs asyncio; under trio, call run() in a thread")
+
+
+def modal_client() -> Any:
+    """Return the package ``modal``, or raise an error that says what to install."""
+    try:
+        import modal
+    except ModuleNotFoundError as error:
+        raise RemoteExecutionError('ModalBackend needs Modal\'s client: pip install "hypernodes[modal]"') from error
+    return modal
