@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import anyio
@@ -346,6 +347,28 @@ async def test_a_cluster_without_workers(monkeypatch, caplog):
     assert [each for each in caplog.messages if "no workers" in each] == [
         "the Dask cluster has no workers: pipeline 'text' waits until one comes"
     ]
+
+
+@pytest.mark.asyncio
+async def test_a_cluster_that_adapts(tmp_path):
+    """It grows for the tasks that wait: more than the threads that it has, as `max_tasks` says."""
+
+    @node("worker")
+    async def meet(x):
+        (tmp_path / str(threading.get_ident())).touch()
+        while len(list(tmp_path.iterdir())) < 2:
+            await asyncio.sleep(0.01)
+        return threading.get_ident()
+
+    async with (
+        LocalCluster(
+            n_workers=0, threads_per_worker=1, processes=False, asynchronous=True, dashboard_address=":0"
+        ) as local,
+        Client(local, asynchronous=True, set_as_default=False) as client,
+    ):
+        local.adapt(minimum=0, maximum=2, interval="50ms", target_duration="100ms")
+        pipeline = Pipeline([meet], backend=DaskBackend(client, chunk_size=1, max_tasks=4))
+        assert len(set((await pipeline.amap({"x": range(6)}, "x"))["worker"])) == 2
 
 
 def map_on_a_local_cluster(processes):
@@ -715,6 +738,15 @@ def test_what_is_no_client(client):
     """Is refused when the backend is made."""
     with pytest.raises(DefinitionError, match=r"takes a distributed\.Client"):
         DaskBackend(client)
+
+
+def test_a_number_of_tasks_that_is_none(cluster):
+    """Is refused when the backend is made, by its name."""
+    with (
+        Client(cluster.address, set_as_default=False) as client,
+        pytest.raises(DefinitionError, match="max_tasks of 'DaskBackend' must be a whole number"),
+    ):
+        DaskBackend(client, max_tasks=0)
 
 
 def test_without_dask(tmp_path):

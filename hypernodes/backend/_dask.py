@@ -14,6 +14,7 @@ import anyio
 
 from hypernodes._bridge import blocking
 from hypernodes._crew import Crew, unbroken
+from hypernodes._node import checked_count
 from hypernodes._run import Mode
 from hypernodes._threads import current_async_library
 from hypernodes.backend._entry import Shared
@@ -49,9 +50,12 @@ class DaskBackend(RemoteBackend):
 
     Args:
         client: a ``distributed.Client``, with ``asynchronous=True`` or without; it stays open.
-        mode: ``"distributed"``: a map goes out in chunks of items, one for each thread of the workers at once.
+        mode: ``"distributed"``: a map goes out in chunks of items, several tasks at once.
             ``"single"``: a whole map is one task, as a run always is.
         chunk_size: items of a chunk; None to go by the time that they take.
+        max_tasks: how many tasks of a distributed map there may be at once; None for one for each thread that the
+            workers have when it begins. A cluster that adapts its size grows only where more tasks wait than it has
+            threads: say there how many it may have.
         node_execution: as for :class:`PipelineExecutionEngine`, which runs on the workers.
         map_execution: likewise.
         max_workers: likewise.
@@ -68,6 +72,7 @@ class DaskBackend(RemoteBackend):
         *,
         mode: Placing = "distributed",
         chunk_size: int | None = None,
+        max_tasks: int | None = None,
         node_execution: Mode = "async",
         map_execution: Mode = "async",
         max_workers: int | None = None,
@@ -87,11 +92,12 @@ class DaskBackend(RemoteBackend):
                 f"await Client(address, asynchronous=True), not {client!r}"
             )
         self._client = client
+        self._max_tasks = checked_count(max_tasks, "max_tasks", "DaskBackend")
 
     async def connected(self, label: str, receive: Receive | None, work: Callable[[Line], Awaitable[T]]) -> T:
         """Do some work with the cluster; leaving early ends what runs there."""
         _need(self._client)
-        line = DaskLine(self._client, label)
+        line = DaskLine(self._client, label, self._max_tasks)
         try:
             await line.look()
             return await work(line) if receive is None else await line.hearing(receive, partial(work, line))
@@ -115,13 +121,16 @@ class DaskLine(Line):
     Args:
         client: the cluster's; everything is asked of it on its own loop.
         label: what is run, for messages.
+        max_tasks: how many there may be at once; None for one for each thread there is.
     """
 
     target_s = 1.0
+    machines = "Dask workers"
 
-    def __init__(self, client: Any, label: str) -> None:
+    def __init__(self, client: Any, label: str, max_tasks: int | None) -> None:
         self._client = client
         self._label = label
+        self._max_tasks = max_tasks
         self._turns = _Turns()
         self._crowded = False
         self._told = False
@@ -133,7 +142,7 @@ class DaskLine(Line):
     async def look(self) -> None:
         """See how many threads the cluster's workers have."""
         threads = await self._asked(self._client.nthreads)
-        self.width = max(1, sum(threads.values()))
+        self.width = self._max_tasks or max(1, sum(threads.values()))
         self._crowded = any(count > 1 for count in threads.values())
 
     async def share(self, data: bytes) -> SharedRef:
@@ -153,6 +162,7 @@ class DaskLine(Line):
 
     async def call_alone(self, payload: bytes, shared: SharedRef | None = None) -> bytes:
         """Have a task run again, with no other of this run on the same worker."""
+        await self.look()  # others may have come
         async with self._turns.alone() if self._crowded else self._turns.beside():
             reply = await self._tried(payload, shared)
         if reply is None:

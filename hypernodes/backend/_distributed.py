@@ -116,8 +116,8 @@ class DistributedMap:
         self._deaths += 1
         if not self._proven and self._deaths >= _MOST_DEATHS + 2 * self._lanes:
             raise WorkerCrashedError(
-                f"{self._deaths} containers that ran {self._job.plan.label} died before one had finished a chunk; "
-                f"the last one: {error}"
+                f"{self._deaths} {self._line.machines} that ran {self._job.plan.label} died before one had finished a "
+                f"chunk; the last one: {error}"
             ) from error
         chunk.crashes += 1
         if chunk.crashes < ATTEMPTS:

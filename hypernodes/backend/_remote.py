@@ -44,6 +44,8 @@ class Line(ABC):
     """How many calls may be under way at once."""
     target_s: float = 5.0
     """Seconds that a call should take for its own cost to be small."""
+    machines: ClassVar[str] = "containers"
+    """What calls run on, for messages."""
 
     @abstractmethod
     async def call(self, payload: bytes, shared: Any = None) -> bytes:
