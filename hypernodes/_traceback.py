@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
+from traceback import StackSummary, TracebackException, walk_tb
+from types import FrameType, TracebackType
 
 _HERE = os.path.dirname(__file__) + os.sep
 _DEMO = os.path.join(_HERE, "demo") + os.sep
-_MACHINERY = ("anyio", "asyncio", "concurrent", "tenacity", "threading", "contextlib", "trio", "outcome")
+_MACHINERY = (
+    "anyio",
+    "asyncio",
+    "concurrent",
+    "tenacity",
+    "threading",
+    "contextlib",
+    "trio",
+    "outcome",
+    "synchronicity",
+)
 FULL = "HYPERNODES_FULL_TRACEBACKS"
 """Set in the environment, tracebacks keep every frame."""
 
@@ -23,10 +34,10 @@ class _UserFrames:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception | KeyboardInterrupt) and trace is not None:
+        if error is not None and trace is not None:
             error.with_traceback(trimmed(trace))
-        if isinstance(error, KeyboardInterrupt) and not os.environ.get(FULL):
-            error.__suppress_context__ = True  # how the event loop was cancelled
+        if not (error is None or isinstance(error, Exception) or os.environ.get(FULL)):
+            error.__suppress_context__ = True  # how all that was under way was cancelled
 
 
 user_frames = _UserFrames()
@@ -45,12 +56,38 @@ def trimmed(trace: TracebackType) -> TracebackType:
     rest = []
     each: TracebackType | None = trace.tb_next
     while each is not None:
-        if not _is_machinery(each.tb_frame.f_code.co_filename, each.tb_frame.f_globals.get("__name__", "")):
+        if not _is_machinery(each.tb_frame.f_code.co_filename, _module(each.tb_frame)):
             rest.append(each)
         each = each.tb_next
     for each in reversed(rest):
         kept = TracebackType(kept, each.tb_frame, each.tb_lasti, each.tb_lineno)
     return TracebackType(kept, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
+
+
+def trimmed_text(error: BaseException) -> str:
+    """Return how an error is shown, with the frames of the user's code, and without those of what ran it."""
+    shown = TracebackException.from_exception(error)
+    if not os.environ.get(FULL):
+        _trim(shown, error)
+    return "".join(shown.format())
+
+
+def _trim(shown: TracebackException | None, error: BaseException | None) -> None:
+    """Leave the user's frames, or the last one, of an error and of all that it came from."""
+    if shown is None or error is None:
+        return
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    both = zip(shown.stack, frames, strict=False)  # sys.tracebacklimit may have cut the first
+    kept = [each for each, frame in both if not _is_machinery(frame.f_code.co_filename, _module(frame))]
+    shown.stack = StackSummary.from_list(kept or shown.stack[-1:])
+    _trim(shown.__cause__, error.__cause__)
+    _trim(shown.__context__, error.__context__)
+    for member, each in zip(shown.exceptions or (), getattr(error, "exceptions", ()), strict=False):
+        _trim(member, each)
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def _is_machinery(filename: str, module: str) -> bool:

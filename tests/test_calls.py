@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import re
 import threading
 import traceback
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import anyio
 import pytest
 
 from hypernodes import Pipeline, node
-from hypernodes.errors import DependencyError, HyperNodesError
+from hypernodes.backend import LocalBackend
+from hypernodes.errors import DependencyError, HyperNodesError, RemoteExecutionError
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -698,3 +700,48 @@ def test_a_traceback_shows_the_users_lines_and_no_others(monkeypatch):
     assert frames() == ["frames", "run", "<lambda>", "divide"]
     monkeypatch.setenv("HYPERNODES_FULL_TRACEBACKS", "1")
     assert {"frames", "run", "arun", "run_steps", "divide"} <= set(frames())
+
+
+def test_a_traceback_from_another_process_shows_the_users_lines_and_no_others():
+    """So does the text that an error brings along, of its causes and of its group's members too."""
+
+    def divide(x):
+        try:
+            return 1 / x
+        except ZeroDivisionError as error:
+            raise ExceptionGroup("several", [KeyError("a")]) from error
+
+    failing = Pipeline([node("y")(lambda x: divide(x))], backend=LocalBackend(map_execution="parallel", max_workers=1))
+    with pytest.raises(ExceptionGroup) as raised:
+        failing.map({"x": [0]}, "x")
+    text = str(raised.value.__cause__)
+    assert re.findall(r", line \d+, in (.+)", text) == ["divide", "<lambda>", "divide"]
+    assert "KeyError: 'a'" in text
+
+
+class Refused(Exception):
+    """One whose own pickling fails: it is made with a keyword."""
+
+    def __init__(self, *, status):
+        super().__init__(f"refused with {status}")
+        self.status = status
+
+
+def test_a_group_of_exceptions_comes_from_another_process_as_itself():
+    """Also when one of its members cannot be pickled as it is, or not at all."""
+
+    def work(x):
+        held = ValueError("held")
+        held.lock = threading.Lock()
+        raise ExceptionGroup("several", [Refused(status=429), ExceptionGroup("inner", [KeyError("a"), held])])
+
+    failing = Pipeline([node("y")(work)], backend=LocalBackend(map_execution="parallel", max_workers=1))
+    with pytest.raises(ExceptionGroup, match="several") as raised:
+        failing.map({"x": [0]}, "x")
+    refused, inner = raised.value.exceptions
+    assert (type(refused), refused.status, str(refused)) == (Refused, 429, "refused with 429")
+    key, held = inner.exceptions
+    assert repr(key) == "KeyError('a')"
+    assert isinstance(held, RemoteExecutionError)
+    assert "ValueError: held" in str(held)
+    assert raised.value.__notes__ == ["in node 'work' at pipeline[0] / work"]

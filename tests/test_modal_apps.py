@@ -127,6 +127,28 @@ class TestKept:
         await gone(plane)
         assert plane.open_inputs == 0
 
+    async def test_cancelling_what_holds_its_thread(self, plane, client, tmp_path):
+        """The container ends, whatever runs there; no other takes over the call, and the app stays for other runs."""
+
+        @node("y")
+        def hold(x):
+            with (tmp_path / "begun").open("a") as begun:
+                begun.write("once ")
+            time.sleep(600)
+
+        backend = ModalBackend(IMAGE)
+        async with backend:
+            task = asyncio.create_task(Pipeline([hold], backend=backend).arun(x=1))
+            await plane.until((tmp_path / "begun").exists)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await gone(plane)
+            assert plane.open_inputs == 0
+            assert await Pipeline([sleep], backend=backend).arun(x=0) == {"slept": 0}
+        assert (tmp_path / "begun").read_text() == "once "
+        await gone(plane)
+
     async def test_cancelling_while_the_call_is_being_made(self, plane, client):
         """A call that nobody has seen begin is ended too."""
         backend = ModalBackend(IMAGE)
@@ -293,15 +315,21 @@ class TestDetached:
         assert caught.value.__notes__ == ["in node 'double' at p / double"]
         assert await handle.adone()
 
-    async def test_cancelling_by_handle(self, plane, client, tmp_path):
-        """The run ends with its container, from any process that has the id."""
+    @pytest.mark.parametrize("holds", [False, True])
+    async def test_cancelling_by_handle(self, plane, client, tmp_path, holds):
+        """The run ends with its container, from any process that has the id; also one that holds its thread."""
 
         @node("y")
         async def hang(x):
             (tmp_path / "begun").touch()
             await asyncio.sleep(600)
 
-        handle = await Pipeline([hang], backend=ModalBackend(IMAGE)).asubmit(x=1)
+        @node("y")
+        def hold(x):
+            (tmp_path / "begun").touch(exist_ok=False)
+            time.sleep(600)
+
+        handle = await Pipeline([hold if holds else hang], backend=ModalBackend(IMAGE)).asubmit(x=1)
         await plane.until((tmp_path / "begun").exists)
         await RunHandle.from_id(handle.id).acancel()
         await gone(plane)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pickle
 import struct
-import traceback
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
 from hypernodes._mapping import Path
 from hypernodes._node import Node
+from hypernodes._traceback import trimmed_text
 from hypernodes.errors import RemoteExecutionError, SerializationError
 from hypernodes.events import Event
 
@@ -117,8 +117,8 @@ Travelling = tuple[list[Any], str, Path | None]
 
 def dump_error(error: BaseException, path: Path | None) -> Travelling:
     """Return an error as it travels: itself where it can be rebuilt, its traceback, and where it began."""
-    text = "".join(traceback.format_exception(error))
-    for form in (error, _Rebuilt(error)):
+    text = trimmed_text(error)
+    for form in (error, _RebuiltGroup(error) if isinstance(error, BaseExceptionGroup) else _Rebuilt(error)):
         try:
             parts = packed(form)
             if isinstance(loads(parts), BaseException):
@@ -147,6 +147,26 @@ def _rebuild_error(kind: type[BaseException], args: tuple[Any, ...], state: dict
     error = kind.__new__(kind, *args)
     error.__dict__.update(state)
     return error
+
+
+class _RebuiltGroup:
+    """A group of exceptions whose own pickling fails, mostly as that of one of them does."""
+
+    def __init__(self, group: BaseExceptionGroup) -> None:
+        self._group = group
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        group = self._group
+        members = [dump_error(each, None)[0] for each in group.exceptions]
+        return _rebuild_group, (type(group), group.message, members, group.__dict__)
+
+
+def _rebuild_group(
+    kind: type[BaseExceptionGroup], message: str, members: list[Parts], state: dict[str, Any]
+) -> BaseExceptionGroup:
+    group = kind(message, [loads(parts) for parts in members])
+    group.__dict__.update(state)
+    return group
 
 
 def _said(error: BaseException) -> str:

@@ -105,7 +105,7 @@ class Containers:
         lost = container.failure or Result(
             status=Result.GENERIC_STATUS_INTERNAL_FAILURE, exception=reason, exitcode=max(code, 0)
         )
-        for one in container.running.values():
+        for one in [one for one in container.running.values() if one.result is None]:
             if container.stopping and not container.function.app.ended:
                 one.task_id = ""  # it was ended for another input's sake
                 container.function.pending.appendleft(one)
