@@ -522,13 +522,31 @@ class TestOptions:
             ({"volumes": ["/x"]}, "dict"),
             ({"secrets": ["TOKEN"]}, "modal.Secret"),
             ({"image": "debian"}, "modal.Image"),
-            ({"map_execution": "fast"}, "map_execution"),
+            ({"map_execution": "fast"}, "map_execution of ModalBackend"),
+            ({"memory": "100000TB"}, "which no machine has"),
+            ({"memory": 2**33}, "which no machine has: a number is in MiB"),
+            ({"cpu": float("inf")}, "cpu of ModalBackend"),
+            ({"timeout": None}, "timeout of ModalBackend is 1 to 86,400 seconds"),
+            ({"volumes": {"/": None}}, "at the root"),
+            ({"app_name": 5}, "app_name of ModalBackend is a name"),
+            ({"environment": ""}, "environment of ModalBackend is a name"),
+            ({"keep_warm": 5, "max_containers": 2}, "keep_warm=5 of ModalBackend is more than its max_containers=2"),
         ],
     )
     async def test_bad_options(self, options, message):
         """Each is refused when the backend is made, with what it must be."""
         with pytest.raises(DefinitionError, match=message):
             ModalBackend(**options)
+
+    async def test_it_shows_what_it_was_given(self):
+        """What is not the default, in the words of its user; nothing of secrets."""
+        secrets = [modal.Secret.from_dict({"TOKEN": "s3cret"})]
+        assert repr(ModalBackend(IMAGE, secrets=secrets)) == "ModalBackend()"
+        backend = ModalBackend(gpu="T4", memory="2GB", keep_warm=1, mode="distributed", max_concurrency=3)
+        assert repr(backend) == (
+            "ModalBackend(gpu='T4', memory='2GB', max_concurrency=3, mode='distributed', keep_warm=1)"
+        )
+        assert repr(ModalBackend(deployed="there")) == "ModalBackend(deployed='there')"
 
 
 @pytest.mark.asyncio

@@ -149,6 +149,16 @@ class TestKept:
         assert (tmp_path / "begun").read_text() == "once "
         await gone(plane)
 
+    async def test_a_run_that_outlasts_the_block(self, plane, client):
+        """It ends with the app, and says so."""
+        backend = ModalBackend(IMAGE)
+        async with backend:
+            task = asyncio.create_task(Pipeline([sleep], name="p", backend=backend).arun(x=600))
+            await plane.until(lambda: plane.open_inputs == 1)
+        with pytest.raises(RemoteExecutionError, match=r"^pipeline 'p' was ended with its app .* was left"):
+            await task
+        await gone(plane)
+
     async def test_cancelling_while_the_call_is_being_made(self, plane, client):
         """A call that nobody has seen begin is ended too."""
         backend = ModalBackend(IMAGE)
@@ -335,7 +345,7 @@ class TestDetached:
         await gone(plane)
         assert plane.open_inputs == 0
         assert await handle.adone()
-        with pytest.raises(RemoteExecutionError, match="cancelled"):
+        with pytest.raises(RemoteExecutionError, match=r"^the run was cancelled"):
             await handle
         await handle.acancel()
 

@@ -51,6 +51,16 @@ async def test_an_account_that_is_refused(plane, client):
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("mode", ["single", "distributed"])
+@pytest.mark.parametrize("package", ["anyio", "cloudpickle"])
+async def test_an_image_without_what_hypernodes_needs(plane, client, package, mode):
+    """The error says that it is hypernodes that needs the package, and how to get an image that has it."""
+    plane.without_packages(package)
+    with pytest.raises(RemoteExecutionError, match=rf"no module '{package}', which hypernodes needs.*modal_image"):
+        await pipeline(mode=mode).amap({"data": [b"a", b"b"]}, "data")
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("status", [Status.INVALID_ARGUMENT, Status.RESOURCE_EXHAUSTED])
 async def test_what_is_too_large(plane, client, status):
     """Where Modal refuses what is sent, the error says how large it was, and what to do."""

@@ -15,7 +15,7 @@ from hypernodes.backend._message import unpacked_reply
 from hypernodes.backend._wire import load_error
 from hypernodes.errors import DefinitionError, ExecutionError
 
-_PLACES = {"modal": "hypernodes.backend._modal_calls"}
+_PLACES = {"modal:fc-": "hypernodes.backend._modal_calls"}
 """Modules whose ``attached`` finds a call again, by what their ids begin with."""
 
 
@@ -47,14 +47,14 @@ class RunHandle:
     """
 
     def __init__(self, id: str) -> None:
-        place, _, call = id.partition(":") if isinstance(id, str) else ("", "", "")
-        if place not in _PLACES or not call:
+        place = next((place for place in _PLACES if isinstance(id, str) and id.startswith(place)), None)
+        if place is None:
             raise DefinitionError(
                 f"{id!r} is not the id of a run: it looks like 'modal:fc-...', and is what RunHandle.id was"
             )
         self.id = id
         """What to find it by, from any process with the same account."""
-        self._call: RemoteCall = importlib.import_module(_PLACES[place]).attached(call)
+        self._call: RemoteCall = importlib.import_module(_PLACES[place]).attached(id.partition(":")[2])
         self._reply: bytes | None = None
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +15,19 @@ import anyio
 from hypernodes._bridge import run_sync
 from hypernodes._crew import unbroken
 from hypernodes._run import Mode
-from hypernodes._traceback import bare
+from hypernodes._traceback import bare, user_frames
 from hypernodes.backend._image import modal_image
 from hypernodes.backend._modal_calls import end_call, modal_client, need_asyncio, running, spawned
 from hypernodes.backend._modal_errors import said_by, translated
 from hypernodes.backend._modal_job import ENTRY, run_job
 from hypernodes.backend._modal_line import ModalLine, listening
-from hypernodes.backend._modal_options import checked, checked_volumes, function_options, refuse_beside_deployed
+from hypernodes.backend._modal_options import (
+    checked,
+    checked_name,
+    checked_volumes,
+    function_options,
+    refuse_beside_deployed,
+)
 from hypernodes.backend._remote import Line, Placing, RemoteBackend
 from hypernodes.backend._replay import Receive
 from hypernodes.backend._site import Site, site_of
@@ -99,6 +106,8 @@ class ModalBackend(RemoteBackend):
         deployed: str | None = None,
         environment: str | None = None,
     ) -> None:
+        given = locals()
+        self._said = {name: given[name] for name, default in _SAID.items() if given[name] != default}
         super().__init__(
             mode=mode,
             chunk_size=chunk_size,
@@ -121,8 +130,8 @@ class ModalBackend(RemoteBackend):
             keep_warm=keep_warm,
             scaledown_window=scaledown_window,
         )
-        self._app_name = app_name
-        self._environment = environment
+        self._app_name = checked_name(app_name, "app_name")
+        self._environment = None if environment is None else checked_name(environment, "environment")
         self._deployed = deployed
         if deployed is not None:
             refuse_beside_deployed(deployed, image, self._options)
@@ -167,7 +176,9 @@ class ModalBackend(RemoteBackend):
                 else:
                     function = await stack.enter_async_context(self._app())
                 alone = kept is None and self._deployed is None
-                line = ModalLine(function, list(self._volumes.values()), stack, self._environment, self._width, alone)
+                line = ModalLine(
+                    label, function, list(self._volumes.values()), stack, self._environment, self._width, alone
+                )
                 if receive is not None:
                     line.queue = await stack.enter_async_context(
                         modal.Queue.ephemeral.aio(environment_name=self._environment)
@@ -234,12 +245,13 @@ class ModalBackend(RemoteBackend):
         """
         need_asyncio()
         app, _ = self._defined()
-        with translated(f"deploying {name!r}"):
+        with translated(f"the deployment of {name!r}"):
             await app.deploy.aio(name=name, environment_name=self._environment)
 
     def deploy(self, name: str) -> None:
         """:meth:`adeploy` from sync code."""
-        run_sync(lambda: self.adeploy(name))
+        with user_frames:
+            run_sync(lambda: self.adeploy(name))
 
     async def detached(self, payload: bytes, label: str) -> str:
         """Start a call that outlives this process; return the id that it is found by."""
@@ -270,8 +282,15 @@ class ModalBackend(RemoteBackend):
         return vars(self).copy()
 
     def __repr__(self) -> str:
-        said = [f"{name}={value!r}" for name, value in self._options.items() if value and name != "secrets"]
-        return f"ModalBackend({', '.join(said)})"
+        return f"ModalBackend({', '.join(f'{name}={value!r}' for name, value in self._said.items())})"
+
+
+_SAID = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ModalBackend).parameters.items()
+    if name not in ("image", "volumes", "secrets")
+}
+"""Options that a backend shows where they are not the default."""
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from hypernodes._crew import Crew
 from hypernodes._threads import default_threads, in_thread
 from hypernodes.backend._entry import Shared
 from hypernodes.backend._modal_calls import modal_client, reply_of
-from hypernodes.backend._modal_errors import translated
+from hypernodes.backend._modal_errors import begun, translated
 from hypernodes.backend._modal_job import SharedRef
 from hypernodes.backend._remote import Line
 from hypernodes.backend._replay import Receive
@@ -32,6 +32,7 @@ class ModalLine(Line):
     """The function of an app, for the calls of one run.
 
     Args:
+        label: what is run, for messages.
         function: what is called.
         volumes: those that are mounted.
         stack: closed when the run ends.
@@ -42,6 +43,7 @@ class ModalLine(Line):
 
     def __init__(
         self,
+        label: str,
         function: Any,
         volumes: list[Any],
         stack: contextlib.AsyncExitStack,
@@ -51,6 +53,7 @@ class ModalLine(Line):
     ) -> None:
         self.width = width
         self.queue: Any = None
+        self._label = label
         self._function = function
         self._volumes = volumes
         self._stack = stack
@@ -60,7 +63,7 @@ class ModalLine(Line):
     async def call(self, payload: bytes, shared: SharedRef | None = None) -> bytes:
         """Call once."""
         arguments = (payload, self._volumes, self.queue, shared)
-        with translated("the pipeline", sent=len(payload)):
+        with translated(self._label, sent=len(payload)), begun(self._label):
             if self._alone:
                 return await self._function.remote.aio(*arguments)  # type: ignore[no-any-return]
             return await reply_of(self._function, arguments)

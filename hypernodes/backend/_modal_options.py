@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from hypernodes._node import checked_count, checked_seconds
+from hypernodes._node import checked_count
 from hypernodes.backend._sizes import mebibytes
 from hypernodes.errors import DefinitionError, quoted
 
@@ -36,14 +36,18 @@ def function_options(
     Raises:
         DefinitionError: one is not what it must be.
     """
+    most = checked_count(max_containers, "max_containers", "ModalBackend")
+    warm = checked_count(keep_warm, "keep_warm", "ModalBackend")
+    if most is not None and warm is not None and warm > most:
+        raise DefinitionError(f"keep_warm={warm} of ModalBackend is more than its max_containers={most}")
     return {
         "gpu": _checked_gpu(gpu),
         "cpu": _checked_cpu(cpu),
         "memory": None if memory is None else mebibytes(memory, "memory"),
         "timeout": _checked_timeout(timeout),
         "secrets": [checked(each, modal.Secret, "secrets", "modal.Secret.from_name(...)") for each in secrets or ()],
-        "max_containers": checked_count(max_containers, "max_containers", "ModalBackend"),
-        "min_containers": checked_count(keep_warm, "keep_warm", "ModalBackend"),
+        "max_containers": most,
+        "min_containers": warm,
         "scaledown_window": _checked_window(scaledown_window),
     }
 
@@ -68,6 +72,13 @@ def checked(value: Any, kind: type, option: str, example: str) -> Any:
     raise DefinitionError(f"{option} of ModalBackend takes a modal.{kind.__name__}, such as {example}, not {value!r}")
 
 
+def checked_name(value: Any, option: str) -> str:
+    """Return the name of something on Modal."""
+    if isinstance(value, str) and value:
+        return value
+    raise DefinitionError(f"{option} of ModalBackend is a name, not {value!r}")
+
+
 def checked_volumes(volumes: Any, modal: Any) -> dict[str, Any]:
     """Return the volumes by the absolute paths where they are mounted."""
     if not isinstance(volumes, Mapping):
@@ -75,6 +86,8 @@ def checked_volumes(volumes: Any, modal: Any) -> dict[str, Any]:
     for path, volume in volumes.items():
         if not isinstance(path, str) or not PurePosixPath(path).is_absolute():
             raise DefinitionError(f"volumes of ModalBackend: {path!r} is not an absolute path in the container")
+        if not PurePosixPath(path).name:
+            raise DefinitionError("volumes of ModalBackend: nothing can be mounted at the root; take a path below it")
         checked(volume, modal.Volume, f"volumes[{path!r}]", "modal.Volume.from_name(...)")
     return dict(volumes)
 
@@ -87,16 +100,15 @@ def _checked_gpu(gpu: Any) -> Any:
 
 
 def _checked_cpu(cpu: Any) -> float | None:
-    if cpu is None or (isinstance(cpu, int | float) and not isinstance(cpu, bool) and cpu > 0):
+    if cpu is None or (isinstance(cpu, int | float) and not isinstance(cpu, bool) and 0 < cpu < math.inf):
         return cpu
     raise DefinitionError(f"cpu of ModalBackend is a number of cores above 0, not {cpu!r}")
 
 
 def _checked_timeout(timeout: Any) -> int:
-    seconds = checked_seconds(timeout, "ModalBackend")
-    if seconds is None or not 1 <= seconds <= _MOST_SECONDS:
-        raise DefinitionError(f"timeout of ModalBackend is 1 to {_MOST_SECONDS:,} seconds (a day), not {timeout!r}")
-    return math.ceil(seconds)
+    if isinstance(timeout, int | float) and not isinstance(timeout, bool) and 1 <= timeout <= _MOST_SECONDS:
+        return math.ceil(timeout)
+    raise DefinitionError(f"timeout of ModalBackend is 1 to {_MOST_SECONDS:,} seconds (a day), not {timeout!r}")
 
 
 def _checked_window(seconds: Any) -> int | None:

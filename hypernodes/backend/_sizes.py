@@ -8,6 +8,7 @@ from typing import Any
 from hypernodes.errors import DefinitionError
 
 _UNITS = {"M": 2**20, "G": 2**30, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_MOST_MIB = 64 << 20
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
 
@@ -20,10 +21,14 @@ def mebibytes(value: Any, option: str) -> int:
     >>> mebibytes("32GB", "memory"), mebibytes("512 MiB", "memory"), mebibytes(1024, "memory")
     (30518, 512, 1024)
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
-        unit = _UNITS.get(match[2].upper())
-        if unit is not None and float(match[1]) > 0:
-            return max(1, round(float(match[1]) * unit / 2**20))
-    raise DefinitionError(f'{option} is a number of MiB or a size such as "32GB" or "512 MiB", not {value!r}')
+    size = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        exact = float(match[1]) * _UNITS.get(match[2].upper(), 0) / 2**20
+        size = max(1, round(exact)) if exact > 0 else 0
+    if size <= 0:
+        raise DefinitionError(f'{option} is a number of MiB or a size such as "32GB" or "512 MiB", not {value!r}')
+    if size > _MOST_MIB:
+        raise DefinitionError(f"{option} is {size / 2**20:,.0f} TiB, which no machine has: a number is in MiB")
+    return size

@@ -7,7 +7,9 @@ model: on Modal each container has a copy of its own. The mount path is a link o
 the system's temporary directory and not exist yet.
 """
 
+import contextlib
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,17 +48,23 @@ class Volume:
 
 
 def listing(directory: Path) -> Listing:
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    return {str(p.relative_to(directory)): (p.stat().st_mtime_ns, p.stat().st_size) for p in files}
+    """The files below; a container may be renaming and removing some meanwhile."""
+    found = {}
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                found[str(path.relative_to(directory))] = status.st_mtime_ns, status.st_size
+    return found
 
 
 def bring(names: set[str], source: Path, target: Path) -> None:
     """Make these files in `target` what they are in `source`, where they may be gone."""
     for name in names:
-        if (source / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
             shutil.copy2(source / name, target / name)
-        else:
+        except FileNotFoundError:
             (target / name).unlink(missing_ok=True)
 
 
