@@ -182,7 +182,7 @@ class TestItFails:
             (("quickstart", "--gpu", "3"), 'gpu is a type such as "A100"'),
             (("quickstart", "--memory", "lots"), 'memory is a number of MiB or a size such as "32GB"'),
             (("smoke", "--cpu", "0"), "cpu is a number of cores above 0"),
-            (("smoke", "--timeout", "0"), "timeout of ModalBackend is 1 to 86,400 seconds"),
+            (("smoke", "--timeout", "0"), "timeout is 1 to 86,400 seconds"),
             (("hebrew", "--items", "0"), "'0' is not a whole number from 1"),
         ],
     )

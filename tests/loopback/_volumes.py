@@ -8,8 +8,8 @@ the system's temporary directory and not exist yet.
 """
 
 import contextlib
+import os
 import shutil
-import stat
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,10 +50,10 @@ class Volume:
 def listing(directory: Path) -> Listing:
     """The files below; a container may be renaming and removing some meanwhile."""
     found = {}
-    for path in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            status = path.stat()
-            if stat.S_ISREG(status.st_mode):
+    for folder, _, names in os.walk(directory):
+        for path in [Path(folder, name) for name in names]:
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
                 found[str(path.relative_to(directory))] = status.st_mtime_ns, status.st_size
     return found
 
