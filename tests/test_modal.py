@@ -118,6 +118,44 @@ class TestOneCall:
         """run() works where a loop runs already, as in a notebook cell."""
         assert text_pipeline().run(text=" abc ", output_name="size") == 3
 
+    @pytest.mark.parametrize("mode", ["single", "distributed"])
+    async def test_a_map_of_nothing(self, plane, client, mode):
+        """No container is started for it; it is told of all the same."""
+        told = []
+
+        class Watch(PipelineCallback):
+            def on_pipeline_start(self, pipeline_id, inputs, ctx):
+                told.append(("pipeline", pipeline_id, dict(inputs)))
+
+            def on_map_start(self, total_items, ctx):
+                told.append(("map", total_items))
+
+            def on_map_end(self, duration, ctx):
+                told.append("map ends")
+
+            def on_pipeline_end(self, pipeline_id, outputs, duration, ctx):
+                told.append(("pipeline ends", pipeline_id, outputs))
+
+        pipeline = text_pipeline(mode=mode).with_callbacks([Watch()])
+        assert await pipeline.amap({"text": []}, "text") == {"cleaned": [], "size": []}
+        assert not plane.calls["AppCreate"]
+        far, told = told, []
+        await pipeline.with_backend(LocalBackend()).amap({"text": []}, "text")
+        assert len(far) == 4
+        assert far == told
+
+    async def test_a_source_without_end(self, plane, client):
+        """A single call reads it first, and can be cancelled while it does: the loop goes on."""
+
+        async def consume():
+            async with text_pipeline().astream({"text": iter(str, "never")}, "text") as items:
+                async for _ in items:
+                    pass
+
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(consume(), 0.2)
+        assert not plane.calls["AppCreate"]
+
     async def test_a_stream(self, plane, client):
         """astream hands over what the container has made."""
         async with text_pipeline().astream({"text": ["a", "bb"]}, "text", output_name="size") as items:
@@ -272,6 +310,22 @@ class TestEvents:
         with anyio.fail_after(PATIENCE_S):
             assert await pipeline.arun(text=" a ") == {"cleaned": "a"}
         assert ("do not come any more" in caplog.text) is (method == "QueueGet")
+
+    async def test_a_line_for_events_that_is_gone(self, plane, client, caplog, monkeypatch):
+        """The result does not wait for it for ever."""
+        monkeypatch.setattr("hypernodes.backend._modal_line._CLOSING_S", 0.3)
+        heard = []
+
+        class Watch(PipelineCallback):
+            def on_node_end(self, node_id, outputs, duration, ctx):
+                heard.append(node_id)
+
+        plane.fail("QueuePut", grpclib.Status.UNAVAILABLE, times=1_000)
+        pipeline = Pipeline([clean], backend=ModalBackend(IMAGE), callbacks=[Watch()])
+        with anyio.fail_after(PATIENCE_S):
+            assert await pipeline.arun(text=" a ") == {"cleaned": "a"}
+        assert heard == ["clean"]  # they came with the reply
+        assert "its queue does not answer" in caplog.text
 
     async def test_large_ones(self, plane, client):
         """Outputs of many megabytes are told while the container runs, though a queue takes small items only."""

@@ -106,6 +106,11 @@ class TestRuns:
         assert "the items of inputs['text'], which is read as it runs" in found.unknown
         assert list(texts) == ["a", "b"]
 
+    async def test_whatever_its_own_backend_is(self):
+        """What is checked is a run here, of a pipeline that has another place too."""
+        elsewhere = TEXT.with_backend(ModalBackend(modal_image(), gpu="T4"))
+        assert (await ModalBackend(modal_image()).acheck(elsewhere, {"text": "a"})).ok
+
     async def test_something_else_is_checked(self):
         """What is no pipeline is refused by name."""
         with pytest.raises(DefinitionError, match="check of ModalBackend takes a Pipeline, not <node measure"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -29,6 +30,8 @@ from hypernodes.events import Emitter, Event
 
 POST_S = 0.2
 """Seconds between two batches of events that are sent while a job runs."""
+_POSTING_S = 5.0
+"""Seconds that one batch may take."""
 _LARGEST_PLAN = 16 << 20
 """Bytes of a plan that is worth knowing again: one with large values bound to it is not held for long."""
 T = TypeVar("T")
@@ -294,11 +297,12 @@ class Outbox(Emitter):
         while True:
             await anyio.sleep(POST_S)
             if events := self.take():
-                try:
-                    # They would be lost if the job ended meanwhile.
-                    with anyio.CancelScope(shield=True):
-                        await self._post(packed("events", events, self._call))
-                except Exception:  # noqa: BLE001 - whatever keeps them from being sent now, they come with the reply
+                posted = False
+                # Shielded: they would be lost if the job ended meanwhile. Not for ever: what it made is not to wait.
+                with contextlib.suppress(Exception), anyio.move_on_after(_POSTING_S, shield=True):
+                    await self._post(packed("events", events, self._call))
+                    posted = True
+                if not posted:  # whatever keeps them from being sent now, they come with the reply
                     self._events[:0] = events
                     return
 

@@ -25,6 +25,8 @@ _END = ("", 0, 0, b"")
 """Follows the last piece of an event in a queue."""
 _BEAT_S = 0.25
 """Seconds between two turns of a loop that only waits: Jupyter's interrupt is noticed when it turns."""
+_CLOSING_S = 5.0
+"""Seconds that a queue gets to take the last word, when the result is there."""
 T = TypeVar("T")
 
 
@@ -116,10 +118,13 @@ async def listening(queue: Any, receive: Receive | None, work: Callable[[], Awai
         if receive is None or deaf:
             crew.stop()
             return
-        try:
+        told = False
+        with contextlib.suppress(Exception), anyio.move_on_after(_CLOSING_S):
             # Told, not cancelled: a request that is given up may have taken pieces out of the queue already.
             await queue.put.aio(_END)
-        except Exception:  # noqa: BLE001 - the result is there, whatever became of the events
+            told = True
+        if not told:  # the result is there, whatever became of the events
+            _log.warning("the last events of a run on Modal may be missing: its queue does not answer")
             crew.stop()
 
     await Crew.run(all_three)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from anyio.lowlevel import checkpoint
+
 from hypernodes._bridge import run_sync
 from hypernodes._engine import DEFAULT_ITEMS, PipelineExecutionEngine, told_map
 from hypernodes._feed import END
@@ -140,8 +142,11 @@ class RemoteBackend(Backend):
         return None if self.mode == "distributed" else self.engine.max_concurrency or DEFAULT_ITEMS
 
     async def _single(self, job: Job, sink: Sink, emit: Emit | None) -> None:
-        rows = await _all_rows(job)
         run = job.run or Run(job.run_id, emit)
+        rows = await _all_rows(job, run)
+        if not rows:
+            await told_map(emit, job.run_id, job.path, job.inputs, 0, sink, checkpoint)
+            return
         answer: ItemsReply = await self._answer(job, emit, rows)
         taker = Taker(run, job, sink)
         await taker.take(answer, 0, rows)
@@ -152,7 +157,7 @@ class RemoteBackend(Backend):
 
     async def asubmit(self, job: Job, bare: str | None = None) -> RunHandle:
         """Start a job that outlives this process, as one call; ``bare`` names the one output that is its result."""
-        rows = None if job.map is None else await _all_rows(job)
+        rows = None if job.map is None else await _all_rows(job, Run(job.run_id, None))
         payload = await packed_job(job, self, frozenset(), rows, bare=bare, detached=True)
         return RunHandle(await self.detached(payload, job.plan.label))
 
@@ -201,7 +206,8 @@ class RemoteBackend(Backend):
                 listed_rows(spec, given, pipeline._plan.label)
         sent = {name: value for name, value in given.items() if name not in read}
         found: Preflight
-        found, _ = await in_thread(lambda: preflight(pipeline._plan, sent, self, self.site()), default_threads())
+        plan = pipeline.with_backend(self)._plan
+        found, _ = await in_thread(lambda: preflight(plan, sent, self, self.site()), default_threads())
         unread = [f"the items of inputs[{name!r}], which is read as it runs" for name in read]
         return replace(found, unknown=(*found.unknown, *unread))
 
@@ -374,13 +380,13 @@ async def opened(reply: bytes, replay: Replay, call: int | None = None) -> tuple
     return kind, answer
 
 
-async def _all_rows(job: Job) -> list[tuple[Any, ...]]:
+async def _all_rows(job: Job, run: Run) -> list[tuple[Any, ...]]:
     assert job.feed is not None
-    if not job.feed.waits:
-        return list(iter(job.feed.next, END))
     rows = []
-    while (row := await job.feed.pull()) is not END:
+    while (row := await job.feed.pull() if job.feed.waits else job.feed.next()) is not END:
         rows.append(row)
+        if perf_counter() > run.yield_at:
+            await run.breathe()
     return rows
 
 
