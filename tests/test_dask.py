@@ -20,6 +20,7 @@ from distributed import Client, Future, LocalCluster
 from hypernodes import (
     DefinitionError,
     DiskCache,
+    NodeTimeoutError,
     Pipeline,
     PipelineCallback,
     RemoteExecutionError,
@@ -347,6 +348,18 @@ async def test_a_cluster_without_workers(monkeypatch, caplog):
     assert [each for each in caplog.messages if "no workers" in each] == [
         "the Dask cluster has no workers: pipeline 'text' waits until one comes"
     ]
+
+
+@pytest.mark.asyncio
+async def test_a_timeout_where_there_are_no_workers():
+    """A pipeline's timeout holds for who waits, also while nothing can begin."""
+    async with (
+        LocalCluster(n_workers=0, processes=False, asynchronous=True, dashboard_address=":0") as local,
+        Client(local, asynchronous=True, set_as_default=False) as client,
+    ):
+        with pytest.raises(NodeTimeoutError, match=r"did not finish within 0.2 s, the time until it could begin"):
+            await text_pipeline(client).with_timeout(0.2).arun(text="a")
+        await assert_nothing_left(client)
 
 
 @pytest.mark.asyncio

@@ -23,6 +23,7 @@ from hypernodes import (
     CacheError,
     DefinitionError,
     DiskCache,
+    NodeTimeoutError,
     Pipeline,
     PipelineCallback,
     RemoteExecutionError,
@@ -62,6 +63,11 @@ async def wait_for_sending(x):
     # Of the module itself, and not of the copy that travels with this function.
     await sys.modules["tests.test_modal"].until_sending["event"].wait()
     return x
+
+
+@node("y")
+async def sleep_long(x):
+    await asyncio.sleep(600)
 
 
 def text_pipeline(**options):
@@ -259,6 +265,18 @@ class TestValues:
 
 
 @pytest.mark.asyncio
+class TestTimeouts:
+    async def test_of_a_pipeline(self, plane, client):
+        """It holds for who waits, from the first moment on, and ends the run there."""
+        pipeline = Pipeline([sleep_long], name="p", backend=ModalBackend(IMAGE), timeout=1)
+        for each in (pipeline, Pipeline([pipeline.as_node()])):
+            with pytest.raises(NodeTimeoutError, match=r"pipeline 'p' did not finish within 1 s, the time until"):
+                await each.arun(x=1)
+            await plane.until(lambda: not plane.containers)
+            assert plane.open_inputs == 0
+
+
+@pytest.mark.asyncio
 class TestEvents:
     async def test_callbacks_hear_what_happens_in_the_container(self, plane, client):
         """In the order in which it happened, with the paths that a local run has."""
@@ -310,6 +328,47 @@ class TestEvents:
         with anyio.fail_after(PATIENCE_S):
             assert await pipeline.arun(text=" a ") == {"cleaned": "a"}
         assert ("do not come any more" in caplog.text) is (method == "QueueGet")
+
+    @pytest.mark.parametrize("ends", ["it dies", "it takes too long", "nobody waits any more"])
+    async def test_what_began_is_told_to_its_end(self, plane, client, ends, tmp_path):
+        """Of a part of a pipeline that is in a container, the innermost first, however it ends."""
+
+        @node("y")
+        async def hang(x):
+            (tmp_path / "begun").touch()
+            await asyncio.sleep(1)
+            if ends == "it dies":
+                os._exit(3)
+            await asyncio.sleep(600)
+
+        @node("z")
+        async def fail(x):
+            while ends != "nobody waits any more" or not (tmp_path / "begun").exists():
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(1)
+            raise LookupError("enough")
+
+        timeout = 2 if ends == "it takes too long" else None
+        far = Pipeline([hang], name="far", backend=ModalBackend(IMAGE), timeout=timeout)
+        error = {"it dies": WorkerCrashedError, "it takes too long": NodeTimeoutError}.get(ends, LookupError)
+        told = []
+        with pytest.raises(error):
+            async with Pipeline([far.as_node(), fail], name="here").aevents(x=1) as events:
+                async for event in events:
+                    told.append(event)  # noqa: PERF401 - those before the error are wanted
+        told = [(type(event).__name__, *event.path[1:]) for event in told]
+        assert [each for each in told if "hang" in each] == [
+            ("NodeStarted", "far", "hang"),
+            ("NodeCancelled", "far", "hang"),
+        ]
+        assert [kind for kind, *path in told if path == ["far"]] == [
+            "NodeStarted",
+            "PipelineStarted",
+            "PipelineFailed",
+            "NodeCancelled" if ends == "nobody waits any more" else "NodeFailed",
+        ]
+        assert told[0] == ("PipelineStarted",)
+        assert told[-1] == ("PipelineFailed",)
 
     async def test_a_line_for_events_that_is_gone(self, plane, client, caplog, monkeypatch):
         """The result does not wait for it for ever."""

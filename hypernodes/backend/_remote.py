@@ -8,6 +8,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+import anyio
 from anyio.lowlevel import checkpoint
 
 from hypernodes._bridge import run_sync
@@ -16,7 +17,7 @@ from hypernodes._feed import END
 from hypernodes._map_run import Failures
 from hypernodes._mapping import MapSpec, listed_rows
 from hypernodes._node import checked_count
-from hypernodes._plan import ExecutionPlan, PlanStep
+from hypernodes._plan import INHERIT, ExecutionPlan, PlanStep
 from hypernodes._run import Job, Mode, Run, Sink
 from hypernodes._threads import default_threads, in_thread
 from hypernodes._traceback import user_frames
@@ -28,7 +29,7 @@ from hypernodes.backend._replay import Receive, Replay
 from hypernodes.backend._shares import sharing
 from hypernodes.backend._site import Site, is_local
 from hypernodes.backend._wire import find_unpicklable, load_error
-from hypernodes.errors import DefinitionError, RemoteExecutionError, SerializationError
+from hypernodes.errors import DefinitionError, NodeTimeoutError, RemoteExecutionError, SerializationError
 from hypernodes.events import Emit
 
 if TYPE_CHECKING:
@@ -122,10 +123,23 @@ class RemoteBackend(Backend):
         """
 
     async def arun(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:
-        """Run a job there and return the wanted outputs by name."""
-        async with sharing(job, self._at_once) as sharer:
-            outputs: dict[str, Any] = await self._answer(sharer, emit)
-        return outputs
+        """Run a job there and return the wanted outputs by name, within the timeout of its pipeline."""
+
+        async def run() -> dict[str, Any]:
+            async with sharing(job, self._at_once) as sharer:
+                return await self._answer(sharer, emit)  # type: ignore[no-any-return]
+
+        seconds = job.plan.settings.timeout
+        if seconds is INHERIT or seconds is None:
+            return await run()
+        with anyio.move_on_after(seconds):
+            return await run()
+        error = NodeTimeoutError(
+            f"{job.plan.label} did not finish within {seconds:g} s, the time until it could begin on {self!r} included"
+        )
+        if job.run is not None:
+            job.run.blame(error, job.path)
+        raise error
 
     async def amap(self, job: Job, sink: Sink, emit: Emit | None = None) -> None:
         """Run a job there for each row of its feed: in one call, whose results come when all are done, or in chunks."""
@@ -221,7 +235,8 @@ class RemoteBackend(Backend):
     async def _answer(self, job: Job, emit: Emit | None, rows: list[tuple[Any, ...]] | None = None) -> Any:
         replay = Replay(emit)
         payload = await packed_job(job, self, replay.kinds, rows)
-        reply = await self.connected(job.plan.label, replay.receive, lambda line: line.call(payload))
+        with replay.to_its_end(job.run_id):
+            reply = await self.connected(job.plan.label, replay.receive, lambda line: line.call(payload))
         kind, answer = await opened(reply, replay)
         if kind == "raised":
             raise load_error(answer, None if job.run is None else job.run.blame)
@@ -237,7 +252,8 @@ class RemoteBackend(Backend):
 
         async def items() -> None:
             if job.total != 0:
-                await self.connected(job.plan.label, replay.receive, chunks)
+                with replay.to_its_end(job.run_id):
+                    await self.connected(job.plan.label, replay.receive, chunks)
 
         await told_map(emit, job.run_id, job.path, job.inputs, job.total, sink, items)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from hypernodes import events as ev
 from hypernodes._mapping import Path
@@ -15,6 +17,13 @@ Receive = Callable[[bytes], Awaitable[None]]
 """Takes a batch of events that was sent while a job runs."""
 
 _ENDS = frozenset({ev.ItemFinished, ev.ItemFailed, ev.ItemCached})
+_END_OF: dict[type[ev.Event], type[ev.Event]] = {
+    ev.NodeFinished: ev.NodeStarted,
+    ev.NodeFailed: ev.NodeStarted,
+    ev.NodeCancelled: ev.NodeStarted,
+    ev.PipelineFinished: ev.PipelineStarted,
+    ev.PipelineFailed: ev.PipelineStarted,
+}
 _log = logging.getLogger("hypernodes")
 
 
@@ -30,11 +39,16 @@ class Replay:
 
     def __init__(self, emit: ev.Emit | None, place: Path | None = None) -> None:
         self._emit = emit or ev.UNHEARD
+        kinds = self._emit.kinds
         self._place = place
         self._open: set[int] = set()
+        self._begun: dict[tuple[type[ev.Event], Path], None] = {}
+        """Nodes and pipelines that have been told to begin, and not yet to end, in that order."""
+        self._watched = {kind for kind in _END_OF.values() if {end for end in _END_OF if _END_OF[end] is kind} <= kinds}
+        """Beginnings whose ends are all told."""
         self._ended: dict[int, int] = {}
         """Items that have been told to their end, with the call that told it, until their chunk is done."""
-        self.kinds = self._emit.kinds
+        self.kinds = kinds
         """The events that are to be sent."""
         if place is not None and self.kinds:
             self.kinds |= _ENDS
@@ -57,8 +71,26 @@ class Replay:
         for event in events:
             if call is not None and self._is_told(event, call):
                 continue
-            if type(event) in self._emit.kinds:
+            kind = type(event)
+            if kind in self._emit.kinds:
                 self._emit(with_error(event, load_error))
+            if kind in self._watched:
+                self._begun[kind, event.path] = None
+            elif (began := _END_OF.get(kind)) is not None:
+                self._begun.pop((began, event.path), None)
+
+    @contextlib.contextmanager
+    def to_its_end(self, run_id: str) -> Iterator[None]:
+        """Tell the end of what has begun there, where a block ends before it: its machine died, or nobody waits."""
+        try:
+            yield
+        except BaseException as error:
+            for kind, path in reversed(self._begun):
+                if kind is ev.NodeStarted:
+                    self.tell_own(ev.NodeCancelled(run_id, path, time.time()))
+                else:
+                    self.tell_own(ev.PipelineFailed(run_id, path, time.time(), error))
+            raise
 
     def tell_own(self, event: ev.Event) -> None:
         """Tell an event of this process."""
