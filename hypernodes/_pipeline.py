@@ -45,7 +45,8 @@ class Pipeline(PipelineDefinition):
         callbacks: watchers of its runs; ``[]`` silences those it would inherit.
         limits: bounds by name for nodes that say ``limit=name``: how many may run at once in one run (int),
             or an ``anyio.CapacityLimiter`` of yours that every run shares.
-        timeout: seconds that one run of it may take (of a map: one item).
+        timeout: seconds that one run of it may take (of a map: one item); on another machine, with all the waiting
+            for it.
         strict_types: check that what a node returns can be what its consumers' annotations ask for.
 
     Raises:

@@ -76,7 +76,8 @@ class ModalBackend(RemoteBackend):
         keep_warm: how many containers stay while their app does, also when there is nothing to do.
         scaledown_window: seconds that an idle container stays, 2 to 3600; None for Modal's default.
         app_name: what the run is called on Modal's pages.
-        deployed: the name of an app that :meth:`adeploy` has made, to run on its containers instead of new ones.
+        deployed: the name of an app that :meth:`adeploy` has made, to run on its containers instead of new ones. Its
+            volumes are named here too, where a cache is on one.
         environment: the Modal environment; None for the account's default.
 
     Raises:

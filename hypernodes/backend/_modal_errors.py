@@ -56,8 +56,8 @@ def _ours(what: str, error: Exception, sent: int) -> ExecutionError:
     match error:
         case theirs.AuthError():
             return RemoteExecutionError(
-                f"Modal refuses the account ({error}): run `modal token new`, or set MODAL_TOKEN_ID and "
-                f"MODAL_TOKEN_SECRET"
+                f"Modal refuses the account, or there is none ({said_by(error).partition('. ')[0]}): run "
+                f"`modal token new`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET"
             )
         case theirs.FunctionTimeoutError():
             return RemoteTimeoutError(

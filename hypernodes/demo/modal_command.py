@@ -40,7 +40,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         epilog="'hypernodes modal COMMAND --help' explains a command.",
     )
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _action(actions, "quickstart", _quickstart, "run one node in a container: does the account work?")
+    _action(actions, "quickstart", _quickstart, "run one node in a container, to see that the account works")
     _action(
         actions, "smoke", _smoke, "five runs that grow: a node, a chain, a map, a map in a map, 1,000 items in threads"
     )
