@@ -322,6 +322,24 @@ class TestPackages:
         """What an installed package needs is there with it."""
         assert check({"text": b"", "more": _typing()}, pipeline=WITH_MORE, image=modal_image("pydantic")).ok
 
+    def test_a_module_that_is_nowhere(self):
+        """What a node imports when it is called, and nobody knows: a warning, as packages have names of their own."""
+
+        @node("size")
+        def measure(text):
+            import colorsys
+
+            import flash_attention_nobody_has.ops
+
+            return flash_attention_nobody_has.ops, colorsys
+
+        found = check({"text": "a"}, pipeline=Pipeline([measure]), image=modal_image())
+        assert found.ok
+        assert [each.where for each in found.warnings] == ["'flash_attention_nobody_has'"]
+        assert "image.pip_install" in found.warnings[0].do
+        known = modal_image().pip_install("flash-attention-nobody-has")
+        assert check({"text": "a"}, pipeline=Pipeline([measure]), image=known).warnings == ()
+
     def test_another_version(self):
         """A version that is another one than here is a warning, with both."""
         found = check({"text": np.zeros(3)}, image=modal_image("numpy==1.26.4"))

@@ -7,6 +7,7 @@ import html
 import io
 import pickle
 import socket
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hypernodes._plan import INHERIT, ExecutionPlan, PlanStep
 from hypernodes.backend._image import NEEDED
 from hypernodes.backend._message import PYTHON, Pickler
-from hypernodes.backend._site import Site, distributions, is_local, normal, reached
+from hypernodes.backend._site import Site, distributions, is_local, normal, reached, spec_of
 from hypernodes.backend._wire import find_unpicklable
 from hypernodes.cache._disk import DiskCache
 from hypernodes.errors import ExecutionError, RemoteExecutionError, SerializationError
@@ -301,6 +302,11 @@ def _packages(modules: Iterable[str], site: Site) -> Iterator[tuple[bool, Findin
             yield False, Finding(name, f"is {there} in the image, and {here} here", do)
         elif site.complete and not site.installs(name):
             yield True, Finding(name, "is not among what the image installs", f'image.pip_install("{name}=={here}")')
+    if site.exact:
+        for top in sorted(tops - sys.stdlib_module_names - site.modules):
+            if top and not distributions(top) and spec_of(top) is None:
+                what = "is imported by a node, and neither installed here nor, as far as can be seen, in the image"
+                yield False, Finding(repr(top), what, f'image.pip_install("{top}"), or what its package is called')
 
 
 # ---- what it keeps

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -58,9 +59,12 @@ class Site:
 
     def lacks(self, module: str) -> bool:
         """Say whether a module of this project is certainly not there."""
-        if not self.complete or module.partition(".")[0] in self.modules or not is_local(module):
-            return False
-        return not any(_may_bring_anything(name) for name in self.packages)
+        return module.partition(".")[0] not in self.modules and is_local(module) and self.exact
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is known which modules there are; not where a package is installed that is not known here."""
+        return self.complete and not any(_may_bring_anything(name) for name in self.packages)
 
     def require(self, modules: Iterable[str]) -> None:
         """Raise an error for the modules among these that are certainly not there.
@@ -92,14 +96,19 @@ def is_local(module: str) -> bool:
 
 def _is_there(top: str) -> bool:
     """Say whether a module lies here, in no folder that packages are installed into."""
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return False
+    spec = spec_of(top)
     if spec is None:
         return False
     place = spec.origin if spec.has_location else next(iter(spec.submodule_search_locations or []), None)
     return place is not None and _INSTALLED.isdisjoint(Path(place).parts)
+
+
+def spec_of(top: str) -> ModuleSpec | None:
+    """Return where a top-level module is found here; None for nowhere."""
+    try:
+        return importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
 
 
 @functools.lru_cache(maxsize=256)
