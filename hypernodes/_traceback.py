@@ -36,11 +36,18 @@ class _UserFrames:
     ) -> None:
         if error is not None and trace is not None:
             error.with_traceback(trimmed(trace))
-        if not (error is None or isinstance(error, Exception) or os.environ.get(FULL)):
+        if error is not None and _is_interruption(error) and not os.environ.get(FULL):
             error.__suppress_context__ = True  # how all that was under way was cancelled
 
 
 user_frames = _UserFrames()
+
+
+def _is_interruption(error: BaseException) -> bool:
+    """Say whether it is Ctrl-C, or an event loop's own cancellation."""
+    if isinstance(error, Exception):
+        return False
+    return isinstance(error, KeyboardInterrupt) or type(error).__module__.partition(".")[0] in _MACHINERY
 
 
 def bare(error: Exception) -> Exception:
@@ -72,18 +79,19 @@ def trimmed_text(error: BaseException) -> str:
     return "".join(shown.format())
 
 
-def _trim(shown: TracebackException | None, error: BaseException | None) -> None:
+def _trim(shown: TracebackException, error: BaseException) -> None:
     """Leave the user's frames, or the last one, of an error and of all that it came from."""
-    if shown is None or error is None:
-        return
-    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    both = zip(shown.stack, frames, strict=False)  # sys.tracebacklimit may have cut the first
-    kept = [each for each, frame in both if not _is_machinery(frame.f_code.co_filename, _module(frame))]
-    shown.stack = StackSummary.from_list(kept or shown.stack[-1:])
-    _trim(shown.__cause__, error.__cause__)
-    _trim(shown.__context__, error.__context__)
-    for member, each in zip(shown.exceptions or (), getattr(error, "exceptions", ()), strict=False):
-        _trim(member, each)
+    left: list[tuple[TracebackException | None, BaseException | None]] = [(shown, error)]
+    while left:
+        each, of = left.pop()
+        if each is None or of is None:
+            continue
+        both = zip(each.stack, walk_tb(of.__traceback__), strict=False)  # sys.tracebacklimit may have cut the first
+        kept = [entry for entry, (frame, _) in both if not _is_machinery(frame.f_code.co_filename, _module(frame))]
+        each.stack = StackSummary.from_list(kept or each.stack[-1:])
+        left += [(each.__cause__, of.__cause__), (each.__context__, of.__context__)]
+        if isinstance(of, BaseExceptionGroup):
+            left += zip(each.exceptions or (), of.exceptions, strict=False)
 
 
 def _module(frame: FrameType) -> str:

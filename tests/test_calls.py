@@ -719,6 +719,29 @@ def test_a_traceback_from_another_process_shows_the_users_lines_and_no_others():
     assert "KeyError: 'a'" in text
 
 
+class Odd(Exception):
+    """One that has an attribute which groups of exceptions have."""
+
+    exceptions = None
+
+
+def test_any_error_comes_from_another_process():
+    """Also one that looks like a group, and one at the end of a long chain of others."""
+
+    def chain(x):
+        last = None
+        for count in range(2_000 * x + 1):
+            error = Odd(str(count))
+            error.__cause__, last = last, error
+        raise last
+
+    failing = Pipeline([node("y")(chain)], backend=LocalBackend(map_execution="parallel", max_workers=1))
+    for x in (0, 1):
+        with pytest.raises(Odd) as raised:
+            failing.map({"x": [x]}, "x")
+        assert str(raised.value) == str(2_000 * x)
+
+
 class Refused(Exception):
     """One whose own pickling fails: it is made with a keyword."""
 

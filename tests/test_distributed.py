@@ -15,6 +15,7 @@ import pytest
 from hypernodes import (
     DefinitionError,
     DiskCache,
+    NodeTimeoutError,
     Pipeline,
     PipelineCallback,
     RemoteExecutionError,
@@ -28,7 +29,7 @@ from hypernodes.backend import LocalBackend, RemoteBackend
 from hypernodes.backend._entry import Shared, run_payload
 from hypernodes.backend._message import packed, unpacked, unpacked_reply
 from hypernodes.backend._remote import Line
-from hypernodes.events import Emitter, ItemFailed
+from hypernodes.events import Emitter, ItemFailed, NodeStarted, PipelineStarted
 
 pytestmark = pytest.mark.anyio
 
@@ -682,7 +683,7 @@ async def test_what_a_dead_chunk_has_told_is_told_once(anyio_backend, kind):
                 died.append(kind("after all that it had to say"))
                 events = unpacked_reply(reply)[2]
                 call = unpacked(payload)[1]["call"]
-                half = [event for event in events if event.path[1] % 2]
+                half = [(number, [event for event in each if event.path[1] % 2]) for number, each in events]
                 await self._receive(packed("events", half, call))
                 raise died[-1]
             return reply
@@ -774,6 +775,85 @@ async def test_events_that_cannot_be_sent_come_with_the_reply(anyio_backend, mon
 
 async def nap(x):
     await anyio.sleep(0.005)
+
+
+@pytest.mark.parametrize("mode", ["single", "distributed"])
+async def test_events_that_may_have_been_sent_are_told_once(anyio_backend, monkeypatch, mode):
+    """A line that takes a batch and never says so does not hold up the result; what it took comes in the reply too."""
+    from hypernodes.backend import _entry
+
+    monkeypatch.setattr(_entry, "POST_S", 0.001)
+    monkeypatch.setattr(_entry, "_POSTING_S", 0.01)
+    took = []
+
+    class Deaf(Place):
+        async def connected(self, label, receive, work):
+            async def post(batch):
+                took.append(len(batch))
+                await receive(batch)
+                await anyio.sleep_forever()
+
+            class DeafLine(PlaceLine):
+                async def call(self, payload, shared=None):
+                    return await run_payload(payload, post, shared)
+
+            return await work(DeafLine(self, receive))
+
+    mapped = Pipeline([node("slept")(nap), double], name="p", backend=Deaf(width=1, mode=mode)).as_node(map_over="x")
+    told = []
+    async with Pipeline([mapped]).aevents(x=range(10)) as events:
+        async for event in events:
+            told.append((type(event).__name__, event.path))  # noqa: PERF401
+    assert took
+    assert len(told) == len(set(told))
+    assert len([1 for kind, _ in told if kind == "NodeFinished"]) == 21
+
+
+async def test_what_a_dead_chunk_began_is_told_to_its_end(anyio_backend):
+    """Before its items run again: each beginning has an end, and so it is when an item ends its machine each time."""
+
+    class Deadly(PlaceLine):
+        async def call(self, payload, shared=None):
+            rows = unpacked(payload)[1]["rows"]
+            call = unpacked(payload)[1]["call"]
+            if (3,) in rows:
+                begun = NodeStarted("r", ("outer", "p", 3, "double"), 0.0, {"x": 3})
+                await self._receive(packed("events", [(0, [begun])], call))
+                raise WorkerCrashedError("it died")
+            return await super().call(payload, shared)
+
+    class Place3(Place):
+        async def connected(self, label, receive, work):
+            return await work(Deadly(self, receive))
+
+    mapped = Pipeline([double], name="p", backend=Place3(width=2, chunk_size=4)).as_node(map_over="x")
+    told = []
+    with pytest.raises(WorkerCrashedError):
+        async with Pipeline([mapped], name="outer").aevents(x=range(8)) as events:
+            async for event in events:
+                if 3 in event.path:
+                    told.append(type(event).__name__)  # noqa: PERF401
+    assert told.count("NodeStarted") > 1
+    assert told == ["NodeStarted", "NodeCancelled"] * told.count("NodeStarted") + ["ItemFailed"]
+
+
+async def test_the_end_that_is_told_is_the_error_that_is_raised(anyio_backend):
+    """Also where it is this end that ends it: a timeout."""
+
+    class Slow(Place):
+        async def connected(self, label, receive, work):
+            began = [PipelineStarted("r", ("p",), 0.0, {}), NodeStarted("r", ("p", "double"), 0.0, {"x": 3})]
+            await receive(packed("events", [(0, began)], None))
+            await anyio.sleep_forever()
+
+    pipeline = Pipeline([double], name="p", backend=Slow(), timeout=0.05)
+    ends = []
+    with pytest.raises(NodeTimeoutError, match=r"did not finish within 0\.05 s") as caught:
+        async with pipeline.aevents(x=1) as events:
+            async for event in events:
+                ends.append(event)  # noqa: PERF401
+    assert [type(event).__name__ for event in ends[-2:]] == ["NodeCancelled", "PipelineFailed"]
+    assert ends[-1].error is caught.value
 
 
 async def test_events_come_while_a_chunk_runs(anyio_backend, monkeypatch):

@@ -58,6 +58,10 @@ async def test_an_image_without_what_hypernodes_needs(plane, client, package, mo
     plane.without_packages(package)
     with pytest.raises(RemoteExecutionError, match=rf"no module '{package}', which hypernodes needs.*modal_image"):
         await pipeline(mode=mode).amap({"data": [b"a", b"b"]}, "data")
+    handle = await pipeline().asubmit(data=b"a")
+    with pytest.raises(RemoteExecutionError, match=rf"no module '{package}', which hypernodes needs"):
+        await handle
+    assert await handle.adone()
 
 
 @pytest.mark.asyncio

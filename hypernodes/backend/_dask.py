@@ -143,7 +143,8 @@ class DaskLine(Line):
         """See how many threads the cluster's workers have."""
         threads = await self._asked(self._client.nthreads)
         self.width = self._max_tasks or max(1, sum(threads.values()))
-        self._crowded = any(count > 1 for count in threads.values())
+        # Those that are not there now may come back.
+        self._crowded = self._crowded or any(count > 1 for count in threads.values())
 
     async def share(self, data: bytes) -> SharedRef:
         """Leave with the cluster what tasks share, while the run lasts."""
@@ -162,7 +163,7 @@ class DaskLine(Line):
 
     async def call_alone(self, payload: bytes, shared: SharedRef | None = None) -> bytes:
         """Have a task run again, with no other of this run on the same worker."""
-        await self.look()  # others may have come
+        await self.look()
         async with self._turns.alone() if self._crowded else self._turns.beside():
             reply = await self._tried(payload, shared)
         if reply is None:

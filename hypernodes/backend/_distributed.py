@@ -83,7 +83,7 @@ class DistributedMap:
                 send = self._line.call_alone if chunk.crashes else self._line.call
                 reply = await send(payload, self._shared)
             except (SerializationError, RemoteTimeoutError, WorkerCrashedError) as error:
-                self._replay.died(call)
+                self._replay.died(call, error)
                 if isinstance(error, WorkerCrashedError):
                     self._died(chunk, error)
                 else:
@@ -97,7 +97,7 @@ class DistributedMap:
         except RemoteExecutionError as error:
             if self._taker.raises:
                 raise
-            self._replay.died(call)
+            self._replay.died(call, error)
             self._divided(chunk, error)
             return
         self._replay.done(call, chunk.first, len(chunk.rows))

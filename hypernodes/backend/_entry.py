@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import threading
 import time
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from hypernodes._plan import ExecutionPlan
 from hypernodes._run import Bound, BoundKey, Job, Run, saving
 from hypernodes._traceback import trimmed
 from hypernodes.backend._local import LocalBackend
-from hypernodes.backend._message import packed, unpacked
+from hypernodes.backend._message import Batch, packed, unpacked
 from hypernodes.backend._shares import Shares
 from hypernodes.backend._wire import Travelling, dump_error, find_unpicklable, with_error
 from hypernodes.errors import CacheError, RemoteExecutionError, SerializationError
@@ -31,7 +32,7 @@ from hypernodes.events import Emitter, Event
 POST_S = 0.2
 """Seconds between two batches of events that are sent while a job runs."""
 _POSTING_S = 5.0
-"""Seconds that one batch may take."""
+"""Seconds that a batch gets to be sent when the job has ended."""
 _LARGEST_PLAN = 16 << 20
 """Bytes of a plan that is worth knowing again: one with large values bound to it is not held for long."""
 T = TypeVar("T")
@@ -94,11 +95,12 @@ async def run_payload(payload: bytes, post: Post | None = None, shared: Shared |
     if isinstance(answer, ItemsReply):
         return _packed_items(answer, described, outbox)
     bare: str | None = described.get("bare")
+    batches = outbox.take()
     try:
-        return packed("returned", answer, events=outbox.take())
+        return packed("returned", answer, events=batches)
     except Exception as error:  # noqa: BLE001 - pickling runs the user's code
         named = {f"output {name!r}": value for name, value in answer.items()} if bare is None else {bare: answer}
-        return packed("raised", dump_error(_unsendable(named, error), None), events=outbox.take())
+        return packed("raised", dump_error(_unsendable(named, error), None), events=batches)
 
 
 async def _described(payload: bytes, shared: Shared | None) -> dict[str, Any]:
@@ -227,9 +229,9 @@ async def _run(described: Mapping[str, Any], run: PartRun) -> Any:
 
 def _packed_items(answer: ItemsReply, described: Mapping[str, Any], outbox: Outbox) -> bytes:
     """Return the reply of a map; an item whose outputs cannot be sent fails, and the others do not."""
-    events = outbox.take()
+    batches = outbox.take()
     try:
-        return packed("returned", answer, events=events)
+        return packed("returned", answer, events=batches)
     except Exception:  # noqa: BLE001 - pickling runs the user's code; find out which item it was
         first, names = described.get("first") or 0, answer.names
         for position, outputs in enumerate(zip(*answer.lists, strict=True)):
@@ -239,11 +241,11 @@ def _packed_items(answer: ItemsReply, described: Mapping[str, Any], outbox: Outb
                 continue
             raised = dump_error(error, (*described["path"], index))
             if described["map"].on_error == "raise":
-                return packed("raised", raised, events=events)
+                return packed("raised", raised, events=batches)
             answer.failures.append((index, raised))
             for column in answer.lists:
                 column[position] = None
-        return packed("returned", answer, events=events)
+        return packed("returned", answer, events=batches)
 
 
 def _item_error(index: int, names: Sequence[str], outputs: Sequence[Any]) -> SerializationError | None:
@@ -258,25 +260,33 @@ def _item_error(index: int, names: Sequence[str], outputs: Sequence[Any]) -> Ser
 class Outbox(Emitter):
     """Events on their way to the caller: posted in batches while the job runs, or kept for the reply."""
 
-    __slots__ = ("_call", "_events", "_post")
+    __slots__ = ("_call", "_events", "_numbers", "_post", "_posting", "_unsure")
 
     def __init__(self, kinds: frozenset[type], post: Post | None, call: int | None = None) -> None:
         super().__init__(self._keep, kinds)
         self._call = call
         self._events: list[Event] = []
+        self._numbers = itertools.count()
         self._post = post
+        self._posting: anyio.CancelScope | None = None
+        self._unsure: list[Batch] = []
+        """Those of which nobody knows whether they have arrived."""
 
     def _keep(self, event: Event) -> None:
         self._events.append(with_error(event, lambda error: dump_error(error, None)))
 
-    def take(self) -> list[Event]:
-        """Return what has not been posted, without the events about values that cannot be sent."""
+    def take(self) -> list[Batch]:
+        """Return what may not have arrived, without the events about values that cannot be sent."""
+        batches, self._unsure = [*self._unsure, self._next()], []
+        return batches
+
+    def _next(self) -> Batch:
         events, self._events = self._events, []
         try:
             packed("events", events)
         except Exception:  # noqa: BLE001 - pickling runs the user's code
-            return [event for event in events if _sendable(event)]
-        return events
+            events = [event for event in events if _sendable(event)]
+        return next(self._numbers), events
 
     async def while_posting(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do some work and post events meanwhile."""
@@ -286,7 +296,11 @@ class Outbox(Emitter):
 
         async def both(crew: Crew) -> None:
             crew.start(self._post_late)
-            made.append(await work())
+            try:
+                made.append(await work())
+            finally:
+                if self._posting is not None:
+                    self._posting.deadline = anyio.current_time() + _POSTING_S
             crew.stop()
 
         await Crew.run(both)
@@ -296,15 +310,18 @@ class Outbox(Emitter):
         assert self._post is not None
         while True:
             await anyio.sleep(POST_S)
-            if events := self.take():
-                posted = False
-                # Shielded: they would be lost if the job ended meanwhile. Not for ever: what it made is not to wait.
-                with contextlib.suppress(Exception), anyio.move_on_after(_POSTING_S, shield=True):
-                    await self._post(packed("events", events, self._call))
-                    posted = True
-                if not posted:  # whatever keeps them from being sent now, they come with the reply
-                    self._events[:0] = events
-                    return
+            if not self._events:
+                continue
+            number, events = self._next()
+            posted = False
+            # They would be lost if the job ended meanwhile.
+            with contextlib.suppress(Exception), anyio.CancelScope(shield=True) as self._posting:
+                await self._post(packed("events", [(number, events)], self._call))
+                posted = True
+            self._posting = None
+            if not posted:  # they come with the reply, and so do those to come
+                self._unsure.append((number, events))
+                return
 
 
 def _sendable(event: Event) -> bool:

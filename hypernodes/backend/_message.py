@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from hypernodes.backend._remote import RemoteBackend
 
 MAGIC = b"hypernodes"
-FORMAT = 2
+Batch = tuple[int, list[Event]]
+"""Events of a call with a number: a batch that may have been sent comes again under its number, and is told once."""
+FORMAT = 3
 _log = logging.getLogger("hypernodes")
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<Q")
@@ -117,7 +119,7 @@ def _cache_there(
 
 
 def packed(
-    kind: str, *message: Any, place: RemoteBackend | None = None, events: Sequence[Event] | None = None
+    kind: str, *message: Any, place: RemoteBackend | None = None, events: Sequence[Batch] | None = None
 ) -> bytes:
     """Return a message as bytes: a plain header, then its pickle with large arrays beside it.
 
@@ -153,7 +155,7 @@ def unpacked(data: bytes) -> Any:
     return loads(_parts(data))
 
 
-def unpacked_reply(data: bytes) -> tuple[str, Any, list[Event]]:
+def unpacked_reply(data: bytes) -> tuple[str, Any, list[Batch]]:
     """Return the kind of a reply, its answer, and the events that came with it.
 
     Raises:

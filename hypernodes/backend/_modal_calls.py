@@ -13,7 +13,7 @@ import anyio
 from hypernodes._crew import unbroken
 from hypernodes._threads import current_async_library
 from hypernodes.backend._handle import RemoteCall
-from hypernodes.backend._modal_errors import A_RUN, translated
+from hypernodes.backend._modal_errors import A_RUN, begun, translated
 from hypernodes.errors import ExecutionError, RemoteExecutionError
 
 _CREATED_S = 10.0
@@ -105,7 +105,7 @@ class ModalCall(RemoteCall):
     async def reply(self, seconds: float | None) -> bytes:
         """Wait for the reply, at most so long."""
         need_asyncio()
-        with translated(A_RUN):
+        with translated(A_RUN), begun(A_RUN):
             return await self._call.get.aio(timeout=seconds)  # type: ignore[no-any-return]
 
     def is_end(self, error: ExecutionError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -124,22 +125,29 @@ class RemoteBackend(Backend):
 
     async def arun(self, job: Job, emit: Emit | None = None) -> dict[str, Any]:
         """Run a job there and return the wanted outputs by name, within the timeout of its pipeline."""
-
-        async def run() -> dict[str, Any]:
+        replay = Replay(emit)
+        with replay.to_its_end(), self._in_time(job):
             async with sharing(job, self._at_once) as sharer:
-                return await self._answer(sharer, emit)  # type: ignore[no-any-return]
+                outputs: dict[str, Any] = await self._answer(sharer, replay)
+        return outputs
 
+    @contextlib.contextmanager
+    def _in_time(self, job: Job) -> Iterator[None]:
+        """Hold a pipeline's timeout: who waits does so no longer, whatever it is for."""
         seconds = job.plan.settings.timeout
         if seconds is INHERIT or seconds is None:
-            return await run()
-        with anyio.move_on_after(seconds):
-            return await run()
-        error = NodeTimeoutError(
-            f"{job.plan.label} did not finish within {seconds:g} s, the time until it could begin on {self!r} included"
-        )
-        if job.run is not None:
-            job.run.blame(error, job.path)
-        raise error
+            yield
+            return
+        with anyio.move_on_after(seconds) as deadline:
+            yield
+        if deadline.cancelled_caught:
+            error = NodeTimeoutError(
+                f"{job.plan.label} did not finish within {seconds:g} s, the time until it could begin on {self!r} "
+                f"included"
+            )
+            if job.run is not None:
+                job.run.blame(error, job.path)
+            raise error
 
     async def amap(self, job: Job, sink: Sink, emit: Emit | None = None) -> None:
         """Run a job there for each row of its feed: in one call, whose results come when all are done, or in chunks."""
@@ -161,7 +169,9 @@ class RemoteBackend(Backend):
         if not rows:
             await told_map(emit, job.run_id, job.path, job.inputs, 0, sink, checkpoint)
             return
-        answer: ItemsReply = await self._answer(job, emit, rows)
+        replay = Replay(emit)
+        with replay.to_its_end():
+            answer: ItemsReply = await self._answer(job, replay, rows)
         taker = Taker(run, job, sink)
         await taker.take(answer, 0, rows)
 
@@ -232,11 +242,9 @@ class RemoteBackend(Backend):
         with user_frames:
             return run_sync(lambda: self.acheck(pipeline, inputs, map_over))
 
-    async def _answer(self, job: Job, emit: Emit | None, rows: list[tuple[Any, ...]] | None = None) -> Any:
-        replay = Replay(emit)
+    async def _answer(self, job: Job, replay: Replay, rows: list[tuple[Any, ...]] | None = None) -> Any:
         payload = await packed_job(job, self, replay.kinds, rows)
-        with replay.to_its_end(job.run_id):
-            reply = await self.connected(job.plan.label, replay.receive, lambda line: line.call(payload))
+        reply = await self.connected(job.plan.label, replay.receive, lambda line: line.call(payload))
         kind, answer = await opened(reply, replay)
         if kind == "raised":
             raise load_error(answer, None if job.run is None else job.run.blame)
@@ -252,7 +260,7 @@ class RemoteBackend(Backend):
 
         async def items() -> None:
             if job.total != 0:
-                with replay.to_its_end(job.run_id):
+                with replay.to_its_end():
                     await self.connected(job.plan.label, replay.receive, chunks)
 
         await told_map(emit, job.run_id, job.path, job.inputs, job.total, sink, items)
@@ -391,8 +399,8 @@ async def opened(reply: bytes, replay: Replay, call: int | None = None) -> tuple
     Raises:
         RemoteExecutionError: it cannot be rebuilt here.
     """
-    (kind, answer, events), _ = await in_thread(lambda: unpacked_reply(reply), default_threads())
-    replay.tell(events, call)
+    (kind, answer, batches), _ = await in_thread(lambda: unpacked_reply(reply), default_threads())
+    replay.tell(batches, call)
     return kind, answer
 
 

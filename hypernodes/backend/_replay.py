@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from hypernodes import events as ev
 from hypernodes._mapping import Path
 from hypernodes._threads import default_threads, in_thread
-from hypernodes.backend._message import unpacked
+from hypernodes.backend._message import Batch, unpacked
 from hypernodes.backend._wire import load_error, with_error
 
 Receive = Callable[[bytes], Awaitable[None]]
@@ -42,8 +42,11 @@ class Replay:
         kinds = self._emit.kinds
         self._place = place
         self._open: set[int] = set()
-        self._begun: dict[tuple[type[ev.Event], Path], None] = {}
-        """Nodes and pipelines that have been told to begin, and not yet to end, in that order."""
+        self._known: set[tuple[int | None, int]] = set()
+        """Batches that have been told."""
+        self._dead: set[int | None] = set()
+        self._begun: dict[tuple[type[ev.Event], Path], tuple[int | None, str]] = {}
+        """Nodes and pipelines that have been told to begin, and not yet to end, in that order; their calls and runs."""
         self._watched = {kind for kind in _END_OF.values() if {end for end in _END_OF if _END_OF[end] is kind} <= kinds}
         """Beginnings whose ends are all told."""
         self._ended: dict[int, int] = {}
@@ -60,37 +63,48 @@ class Replay:
 
     async def _received(self, batch: bytes) -> None:
         try:
-            (_, events, call), _ = await in_thread(lambda: unpacked(batch), default_threads())
+            (_, batches, call), _ = await in_thread(lambda: unpacked(batch), default_threads())
         except Exception as error:  # noqa: BLE001 - unpickling runs the user's code; it never fails the run
             _log.warning("some events of a run on another machine cannot be told here: %s", error)
             return
-        self.tell(events, call)
+        self.tell(batches, call)
 
-    def tell(self, events: Sequence[ev.Event], call: int | None = None) -> None:
-        """Tell some events, of a call where there are several."""
-        for event in events:
-            if call is not None and self._is_told(event, call):
-                continue
-            kind = type(event)
-            if kind in self._emit.kinds:
-                self._emit(with_error(event, load_error))
-            if kind in self._watched:
-                self._begun[kind, event.path] = None
-            elif (began := _END_OF.get(kind)) is not None:
-                self._begun.pop((began, event.path), None)
+    def tell(self, batches: Sequence[Batch], call: int | None = None) -> None:
+        """Tell some events, of a call where there are several; a batch that has been told is not told again."""
+        for number, events in batches:
+            if (call, number) not in self._known and call not in self._dead:
+                self._known.add((call, number))
+                for event in events:
+                    self._tell(event, call)
+
+    def _tell(self, event: ev.Event, call: int | None) -> None:
+        if call is not None and self._is_told(event, call):
+            return
+        kind = type(event)
+        if kind in self._emit.kinds:
+            self._emit(with_error(event, load_error))
+        if kind in self._watched:
+            self._begun[kind, event.path] = call, event.run_id
+        elif (began := _END_OF.get(kind)) is not None:
+            self._begun.pop((began, event.path), None)
 
     @contextlib.contextmanager
-    def to_its_end(self, run_id: str) -> Iterator[None]:
+    def to_its_end(self) -> Iterator[None]:
         """Tell the end of what has begun there, where a block ends before it: its machine died, or nobody waits."""
         try:
             yield
         except BaseException as error:
-            for kind, path in reversed(self._begun):
-                if kind is ev.NodeStarted:
-                    self.tell_own(ev.NodeCancelled(run_id, path, time.time()))
-                else:
-                    self.tell_own(ev.PipelineFailed(run_id, path, time.time(), error))
+            self._end(list(self._begun), error)
             raise
+
+    def _end(self, begun: list[tuple[type[ev.Event], Path]], error: BaseException) -> None:
+        """Tell the ends of what has begun, the innermost first."""
+        for kind, path in reversed(begun):
+            _, run_id = self._begun.pop((kind, path))
+            if kind is ev.NodeStarted:
+                self.tell_own(ev.NodeCancelled(run_id, path, time.time()))
+            else:
+                self.tell_own(ev.PipelineFailed(run_id, path, time.time(), error))
 
     def tell_own(self, event: ev.Event) -> None:
         """Tell an event of this process."""
@@ -101,9 +115,11 @@ class Replay:
         """Note that a call is under way."""
         self._open.add(call)
 
-    def died(self, call: int) -> None:
-        """Note that a call came to nothing: its items run again."""
+    def died(self, call: int, error: BaseException) -> None:
+        """Note that a call came to nothing: its items run again, and what it has told since is not told."""
         self._open.discard(call)
+        self._dead.add(call)
+        self._end([key for key, (by, _) in self._begun.items() if by == call], error)
 
     def done(self, call: int, first: int, count: int) -> None:
         """Note that the items of a call are done."""

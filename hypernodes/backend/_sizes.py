@@ -21,14 +21,13 @@ def mebibytes(value: Any, option: str) -> int:
     >>> mebibytes("32GB", "memory"), mebibytes("512 MiB", "memory"), mebibytes(1024, "memory")
     (30518, 512, 1024)
     """
-    size = 0
+    size = 0.0
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
-        exact = float(match[1]) * _UNITS.get(match[2].upper(), 0) / 2**20
-        size = max(1, round(exact)) if exact > 0 else 0
+        size = float(match[1]) * _UNITS.get(match[2].upper(), 0) / 2**20
     if size <= 0:
         raise DefinitionError(f'{option} is a number of MiB or a size such as "32GB" or "512 MiB", not {value!r}')
     if size > _MOST_MIB:
-        raise DefinitionError(f"{option} is {size / 2**20:,.0f} TiB, which no machine has: a number is in MiB")
-    return size
+        raise DefinitionError(f"{option} is more than any machine has: {value!r}; a number is in MiB")
+    return max(1, round(size))

@@ -117,7 +117,7 @@ Travelling = tuple[list[Any], str, Path | None]
 
 def dump_error(error: BaseException, path: Path | None) -> Travelling:
     """Return an error as it travels: itself where it can be rebuilt, its traceback, and where it began."""
-    text = trimmed_text(error)
+    text = _shown(error)
     for form in (error, _RebuiltGroup(error) if isinstance(error, BaseExceptionGroup) else _Rebuilt(error)):
         try:
             parts = packed(form)
@@ -131,6 +131,13 @@ def dump_error(error: BaseException, path: Path | None) -> Travelling:
     for note in getattr(error, "__notes__", ()):
         stand_in.add_note(note)
     return packed(stand_in), text, path
+
+
+def _shown(error: BaseException) -> str:
+    try:
+        return trimmed_text(error)
+    except Exception:  # noqa: BLE001 - it is the user's own, and may refuse to be looked at
+        return f"{type(error).__name__}: {_said(error)}"
 
 
 class _Rebuilt:
@@ -164,7 +171,7 @@ class _RebuiltGroup:
 def _rebuild_group(
     kind: type[BaseExceptionGroup], message: str, members: list[Parts], state: dict[str, Any]
 ) -> BaseExceptionGroup:
-    group = kind(message, [loads(parts) for parts in members])
+    group = BaseExceptionGroup.__new__(kind, message, [loads(parts) for parts in members])
     group.__dict__.update(state)
     return group
 
