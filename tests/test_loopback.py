@@ -9,6 +9,7 @@ Modal's servers would write.
 import asyncio
 import os
 import signal
+import socket
 
 import modal
 import psutil
@@ -212,6 +213,16 @@ class TestFailures:
             await meeting.put.aio(1, partition="there")
             assert await call
             assert plane.calls["FunctionGetOutputs"] == 2
+
+    async def test_connection_that_is_left_open(self, tmp_path, no_leaks):
+        """The plane breaks it when it closes, and leaves no socket to the garbage collector."""
+        with loopback.Plane(tmp_path) as plane:
+            left = socket.create_connection(("127.0.0.1", plane.port))
+            left.settimeout(20)
+            await plane.until(lambda: plane.connections == 1)
+        with left:
+            while left.recv(1024):
+                pass
 
     async def test_what_the_loopback_lacks(self, plane, client):
         """A method that the loopback does not have is refused by its name."""

@@ -3,6 +3,7 @@
 All methods come from the client's own interface definition; one that no room answers is UNIMPLEMENTED, by name.
 """
 
+import asyncio
 import inspect
 import traceback
 from collections import Counter, defaultdict
@@ -103,6 +104,14 @@ class CountingServer(Server):
         windows = Configuration(http2_connection_window_size=WINDOW_BYTES, http2_stream_window_size=WINDOW_BYTES)
         super().__init__([service], config=windows)
         self.transports: dict[int, Any] = {}
+
+    async def wait_closed(self) -> None:
+        """Break the connections that clients have left open, or whose end is not yet read; wait for handlers to end."""
+        for transport in list(self.transports.values()):
+            transport.abort()
+        while self.transports:
+            await asyncio.sleep(0)
+        await super().wait_closed()
 
     def _protocol_factory(self) -> H2Protocol:
         protocol = super()._protocol_factory()
