@@ -34,28 +34,34 @@ def give_back(array: Any) -> Any:
     return array
 
 
-class Weighed:
-    """The sizes of what a line to a place carries."""
+class Sent:
+    """The one message of some work: its bytes, those of its reply, and the function that it is sent to."""
 
-    def __init__(self) -> None:
-        self.out = self.back = 0
+    payload = b""
+    back = 0
+    function: Any = None
 
-    async def during(self, work: Work) -> None:
-        """Do some work, and note the bytes of its one call."""
+    async def by(self, work: Work) -> "Sent":
+        """Do some work, and keep what it sends."""
         from hypernodes.backend._modal_line import ModalLine
 
         call = ModalLine.call
 
-        async def weighing(line: Any, payload: bytes, shared: Any = None) -> bytes:
+        async def seen(line: Any, payload: bytes, shared: Any = None) -> bytes:
             reply = await call(line, payload, shared)
-            self.out, self.back = len(payload), len(reply)
+            self.payload, self.back, self.function = payload, len(reply), line._function
             return reply
 
-        ModalLine.call = weighing  # type: ignore[method-assign]
+        ModalLine.call = seen  # type: ignore[method-assign]
         try:
             await work()
         finally:
             ModalLine.call = call  # type: ignore[method-assign]
+        return self
+
+    async def again(self) -> object:
+        """Send the same message by a bare call: what is done in the container, and nothing of what its caller does."""
+        return await self.function.remote.aio(self.payload)
 
 
 @asynccontextmanager
@@ -71,13 +77,13 @@ async def _bare() -> AsyncIterator[Bare]:
         yield function.remote.aio
 
 
-async def _row(what: str, work: Work, bare: Bare, times: int, options: Options, most: float | None) -> Row:
-    weighed = Weighed()
-    await weighed.during(work)
-    payload = os.urandom(weighed.out)
+async def _row(
+    what: str, work: Work, sent: Sent, bare: Bare, times: int, options: Options, most: float | None = None
+) -> Row:
+    payload = os.urandom(len(sent.payload))
 
     async def by_hand() -> object:
-        return await bare(payload, weighed.back)
+        return await bare(payload, sent.back)
 
     subjects = {"ModalBackend": atimed(work, times), "a bare .remote.aio()": atimed(by_hand, times)}
     costs = await ameasure(subjects, options.pick(15, 2), warm_up=2)
@@ -98,17 +104,25 @@ async def _rows(options: Options) -> list[Row]:
         on_the_loop = Pipeline([node("next", run_in="loop")(increase.func)], backend=backend)
         giving = Pipeline([give_back], backend=backend)
         mapped, times = f"map of {len(items['x']):,} items in one call", options.pick(20, 1)
+
+        def map_there() -> Awaitable[object]:
+            return increasing.amap(items, "x")
+
+        def map_on_the_loop() -> Awaitable[object]:
+            return on_the_loop.amap(items, "x")
+
+        def there_and_back() -> Awaitable[object]:
+            return giving.arun(array=array)
+
+        small = await Sent().by(map_there)
+        looped = await Sent().by(map_on_the_loop)
+        large = await Sent().by(there_and_back)
+        size = f"{array.nbytes / 1e6:.3g} MB of numpy there and back"
         return [
-            await _row(mapped, lambda: increasing.amap(items, "x"), bare, times, options, 1.2),
-            await _row(f"{mapped}, run_in='loop'", lambda: on_the_loop.amap(items, "x"), bare, times, options, None),
-            await _row(
-                f"{array.nbytes / 1e6:.3g} MB of numpy there and back",
-                lambda: giving.arun(array=array),
-                bare,
-                1,
-                options,
-                1.3,
-            ),
+            await _row(mapped, map_there, small, bare, times, options, 1.2),
+            await _row(f"{mapped}: its container's end alone", small.again, small, bare, times, options),
+            await _row(f"{mapped}, run_in='loop'", map_on_the_loop, looped, bare, times, options),
+            await _row(size, there_and_back, large, bare, 1, options, 1.3),
         ]
 
 
